@@ -1,0 +1,44 @@
+"""Fine-tune, prune, recover: one-shot pruning of language models with mAIHT in PyTorch Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are imported on first use, so that somebody who only wants
+# `prune_layer` does not wait for Lightning and transformers to load.
+_HOME = {
+    "C4Calibration": "data.c4",
+    "CausalLMModule": "module",
+    "LayerResult": "solvers",
+    "MAIHTConfig": "solvers",
+    "MAIHTPruning": "callbacks.pruning",
+    "Perplexity": "evaluation.perplexity",
+    "PruningReport": "pruner",
+    "WikiText2DataModule": "data.wikitext2",
+    "prune": "pruner",
+    "prune_layer": "solvers",
+}
+__all__ = list(_HOME)  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .callbacks.pruning import MAIHTPruning as MAIHTPruning
+    from .data.c4 import C4Calibration as C4Calibration
+    from .data.wikitext2 import WikiText2DataModule as WikiText2DataModule
+    from .evaluation.perplexity import Perplexity as Perplexity
+    from .module import CausalLMModule as CausalLMModule
+    from .pruner import PruningReport as PruningReport
+    from .pruner import prune as prune
+    from .solvers import LayerResult as LayerResult
+    from .solvers import MAIHTConfig as MAIHTConfig
+    from .solvers import prune_layer as prune_layer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

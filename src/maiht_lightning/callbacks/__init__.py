@@ -1,0 +1,1 @@
+"""Thin Lightning shells around the pruner."""

@@ -1,0 +1,1 @@
+"""Decoder blocks, their inputs, and the Gram matrices of their linear layers."""
