@@ -1,0 +1,73 @@
+"""Finding the decoder blocks of a causal language model and the linear layers in them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class DecoderBlocks:
+    """The repeated blocks of a model, in the order they run.
+
+    Args:
+        path: Dotted path of their `nn.ModuleList` in the model, such as `model.layers`.
+        modules: The blocks.
+    """
+
+    path: str
+    modules: tuple[nn.Module, ...]
+
+
+def find_blocks(model: nn.Module) -> DecoderBlocks:
+    """Find the decoder blocks: the largest `nn.ModuleList` of modules of one kind that hold linear layers.
+
+    Raises:
+        ValueError: The model has no such list, or its blocks hold mixture-of-experts weights, which are
+            3-D parameters and not linear layers.
+    """
+    candidates = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        blocks = tuple(module)
+        weights = sum(linear.weight.numel() for block in blocks for linear in find_linears(block).values())
+        # Experts and heads are lists too, but inside a block, and hold less than the list of blocks does.
+        if weights and len({type(block) for block in blocks}) == 1:
+            candidates.append((weights, DecoderBlocks(path, blocks)))
+    if not candidates:
+        raise ValueError(
+            f"{type(model).__name__} has no decoder blocks: expected an nn.ModuleList of equal blocks with "
+            f"nn.Linear layers, as LLaMA's model.layers, but found none"
+        )
+    _, found = max(candidates, key=lambda candidate: candidate[0])
+    for index, block in enumerate(found.modules):
+        for name, parameter in block.named_parameters():
+            if parameter.ndim > 2:
+                raise ValueError(
+                    f"{found.path}.{index}.{name} of {type(model).__name__} has shape {tuple(parameter.shape)}: "
+                    f"mixture-of-experts weights are not linear layers and would stay dense; such models are "
+                    f"not supported"
+                )
+    return found
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a block by their dotted name in it; `nn.Linear`, and GPT-2's `Conv1D`."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, LINEAR_TYPES)}
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The layer's weight as (out, in), a view: `Conv1D` stores the transpose."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)  # for the type checker
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+@torch.no_grad()
+def write_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Write a weight (out, in) into the layer, in place."""
+    weight_of(linear).copy_(weight)

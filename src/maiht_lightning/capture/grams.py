@@ -1,0 +1,105 @@
+"""Gram matrices of the inputs of a block's linear layers."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import find_linears, weight_of
+from .replay import Batch, run_block
+
+
+@dataclass
+class InputGroup:
+    """Linear layers that see the same input, such as q, k and v, and the Gram matrix of that input.
+
+    Args:
+        names: Their names in the block.
+        gram: G = XᵀX (in, in), float32, summed over all tokens seen.
+    """
+
+    names: list[str]
+    gram: Tensor
+
+
+@torch.no_grad()
+def accumulate_grams(block: nn.Module, batches: list[Batch], index: int) -> list[InputGroup]:
+    """Run all batches through one block and sum XᵀX for each distinct input of its linear layers.
+
+    Args:
+        block: The decoder block in eval mode.
+        batches: Its inputs; left as they are.
+        index: The block's place in the model, which picks its arguments.
+
+    Returns:
+        The groups in the order in which the block uses them.
+
+    Raises:
+        ValueError: A linear layer of the block did not run, or its inputs are not finite.
+    """
+    linears = find_linears(block)
+    collector = _Collector()
+    handles = [
+        linear.register_forward_pre_hook(lambda module, args, name=name: collector.see(name, module, args[0]))
+        for name, linear in linears.items()
+    ]
+    try:
+        for batch in batches:
+            run_block(block, batch.hidden, batch.arguments[index])
+            collector.end_batch()
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in linears if name not in collector.group_of]
+    if missing:
+        raise ValueError(f"the linear layers {', '.join(missing)} did not run, so their inputs are unknown")
+    for group in collector.groups:
+        if not bool(group.gram.isfinite().all()):
+            raise ValueError(
+                f"the inputs of {', '.join(group.names)} are not finite: the model overflows on them"
+            )
+    return collector.groups
+
+
+@torch.no_grad()
+def advance(block: nn.Module, batches: list[Batch], index: int) -> None:
+    """Replace each batch's hidden states by the block's output."""
+    for batch in batches:
+        batch.hidden = run_block(block, batch.hidden, batch.arguments[index])
+
+
+@dataclass
+class _Collector:
+    """Sums a Gram matrix for each distinct input; the first batch shows which layers share one."""
+
+    groups: list[InputGroup] = field(default_factory=list)
+    group_of: dict[str, InputGroup] = field(default_factory=dict)
+    # The tensors of the batch under way, held so that no address is used twice.
+    inputs: list[Tensor] = field(default_factory=list)
+    first_batch: bool = True
+
+    def see(self, name: str, linear: nn.Module, inputs: Tensor) -> None:
+        if self.first_batch:
+            for group, known in zip(self.groups, self.inputs, strict=True):
+                if inputs is known or (
+                    inputs.data_ptr() == known.data_ptr()
+                    and inputs.shape == known.shape
+                    and inputs._version == known._version
+                ):
+                    group.names.append(name)
+                    self.group_of[name] = group
+                    return
+            size = weight_of(linear).shape[1]
+            self.group_of[name] = InputGroup([name], torch.zeros(size, size, device=inputs.device))
+            self.groups.append(self.group_of[name])
+            self.inputs.append(inputs)
+        elif self.group_of[name].names[0] != name:
+            return
+        gram = self.group_of[name].gram
+        with torch.autocast(gram.device.type, enabled=False):
+            tokens = inputs.reshape(-1, inputs.shape[-1]).to(gram.dtype)
+            gram.addmm_(tokens.T, tokens)
+
+    def end_batch(self) -> None:
+        self.inputs.clear()
+        self.first_batch = False

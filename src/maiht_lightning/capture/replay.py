@@ -1,0 +1,125 @@
+"""Recording what enters the decoder blocks, and running them one by one.
+
+The model's own forward prepares rotary embeddings and masks; what it hands to each block is recorded once,
+with every block replaced by the identity, and given to the block again when its turn comes. So the blocks'
+conventions need not be known here, and no block runs twice.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Batch:
+    """Calibration windows on their way through the blocks.
+
+    Args:
+        hidden: Input of the next block (windows, seqlen, hidden), in the model's dtype.
+        arguments: For each block the other arguments it gets: positional ones, keyword ones.
+    """
+
+    hidden: Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode and put every submodule's own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    """Output (windows, seqlen, hidden) of one block; older models wrap it in a tuple."""
+    positional, keywords = arguments
+    output = block(hidden, *positional, **keywords)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def record_inputs(
+    model: nn.Module, blocks: tuple[nn.Module, ...], windows: Tensor, batch_size: int = 1
+) -> list[Batch]:
+    """Record the first block's inputs and every block's other arguments.
+
+    Args:
+        model: A Hugging Face causal language model in eval mode.
+        blocks: Its decoder blocks.
+        windows: Token ids (samples, seqlen).
+        batch_size: Windows a forward pass.
+
+    Returns:
+        One entry a batch, on the model's device. Arguments that are equal in all batches are stored once.
+    """
+    batches: list[Batch] = []
+    for tokens in windows.split(batch_size):
+        recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        with _as_identity(blocks, recorded):
+            # The backbone, without the head: a vocabulary of logits is of no use here.
+            backbone = getattr(model, "base_model", model)
+            backbone(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
+        if len(recorded) != len(blocks):
+            raise ValueError(
+                f"{type(model).__name__} ran {len(recorded)} of its {len(blocks)} decoder blocks in one forward "
+                f"pass; models that skip or repeat blocks are not supported"
+            )
+        arguments = [(positional, keywords) for _, positional, keywords in recorded]
+        if batches:
+            arguments = [_share(new, old) for new, old in zip(arguments, batches[0].arguments, strict=True)]
+        batches.append(Batch(recorded[0][0], arguments))
+    return batches
+
+
+@contextmanager
+def _as_identity(
+    blocks: tuple[nn.Module, ...], recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]
+) -> Iterator[None]:
+    returns_tuple: list[bool] = []
+
+    def make(block: nn.Module) -> Any:
+        forward = block.forward
+
+        def record(hidden: Tensor | None = None, *positional: Any, **keywords: Any) -> Any:
+            if hidden is None:
+                hidden = keywords.pop("hidden_states")
+            if not returns_tuple:  # run one block to learn what blocks of this model return
+                returns_tuple.append(isinstance(forward(hidden, *positional, **keywords), tuple))
+            recorded.append((hidden, positional, keywords))
+            return (hidden,) if returns_tuple[0] else hidden
+
+        return record
+
+    try:
+        for block in blocks:
+            block.forward = make(block)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _share(new: Any, old: Any) -> Any:
+    """`old` in place of an equal `new`, element by element, so that equal tensors exist once."""
+    if isinstance(new, Tensor):
+        same = (
+            isinstance(old, Tensor)
+            and new.shape == old.shape
+            and new.dtype == old.dtype
+            and torch.equal(new, old)
+        )
+        return old if same else new
+    if type(new) is tuple and type(old) is tuple and len(new) == len(old):
+        return tuple(_share(a, b) for a, b in zip(new, old, strict=True))
+    if type(new) is dict and type(old) is dict:
+        return {key: _share(value, old.get(key)) for key, value in new.items()}
+    return new

@@ -1,0 +1,42 @@
+"""What the pruner asks of a source of calibration text."""
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class CalibrationSource(Protocol):
+    """Anything with this method can calibrate: give it to the pruning callback or command.
+
+    Example::
+
+        class MyText:
+            def windows(self, tokenizer, seqlen):
+                return pack_windows(my_documents(), tokenizer, seqlen, samples=128)
+    """
+
+    def windows(self, tokenizer: "PreTrainedTokenizerBase", seqlen: int) -> Tensor:
+        """Calibration windows.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            seqlen: The length that suits the model; a source with a length of its own may prefer that.
+
+        Returns:
+            ``(samples, seqlen)``, int64, the same at each call.
+        """
+        ...
+
+
+def check_at_least(minimum: int, **settings: int) -> None:
+    """Refuses settings below a minimum, by name.
+
+    Raises:
+        ValueError: One of them is smaller.
+    """
+    for name, value in settings.items():
+        if value < minimum:
+            raise ValueError(f"{name}: expected at least {minimum}, found {value}")

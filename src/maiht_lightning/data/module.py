@@ -1,0 +1,126 @@
+"""What the text DataModules share."""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .calibration import check_at_least
+from .windows import pack_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+
+# Which splits each stage of the Trainer reads.
+_STAGE_SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+
+
+class TokenWindows(Dataset[Batch]):
+    """Windows as a map-style data set.
+
+    Args:
+        windows: ``(windows, seqlen)``, int64.
+    """
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {"input_ids": self.windows[index]}
+
+
+class TextDataModule(LightningDataModule):
+    r"""Packed token windows of a text with a train, validation and test split.
+
+    Texts are joined by a blank line, tokenized, and cut into whole windows; the training windows are
+    shuffled. A batch is ``{"input_ids": (batch, seqlen) int64}``. Subclasses say where the text comes from,
+    in :meth:`texts`.
+
+    Args:
+        seqlen: Tokens in a window.
+        batch_size: Windows in a batch, on each device.
+        num_workers: Processes that load batches; 0 is quickest, as the windows lie in memory.
+        tokenizer: Name or folder of a Hugging Face tokenizer. None: the one of the model in training
+            (``trainer.lightning_module.tokenizer``).
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    def __init__(
+        self, seqlen: int = 512, batch_size: int = 8, num_workers: int = 0, tokenizer: str | None = None
+    ) -> None:
+        super().__init__()
+        check_at_least(2, seqlen=seqlen)
+        check_at_least(1, batch_size=batch_size)
+        check_at_least(0, num_workers=num_workers)
+        self.seqlen = seqlen
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.tokenizer = tokenizer
+        self._windows: dict[str, Tensor] = {}
+
+    def texts(self, split: str) -> list[str]:
+        """The texts of ``train``, ``validation`` or ``test``, in order."""
+        raise NotImplementedError(f"{type(self).__name__} must say in texts() where its text comes from")
+
+    def prepare_data(self) -> None:
+        """Downloads every split, or finds its local copy missing, before any training."""
+        for split in ("train", "validation", "test"):
+            self.texts(split)
+
+    def setup(self, stage: str) -> None:
+        """Cuts the windows that the stage needs.
+
+        Raises:
+            MisconfigurationException: There is no tokenizer.
+            ValueError: A split does not fill one window.
+        """
+        tokenizer = self._find_tokenizer()
+        for split in _STAGE_SPLITS.get(stage, ()):
+            self._windows[split] = pack_windows(self.texts(split), tokenizer, self.seqlen, separator="\n\n")
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Training windows, shuffled."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation windows, in order."""
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test windows, in order."""
+        return self._loader("test")
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
+        # The last batch may be smaller. Dropping it would leave a short text with no batch at all.
+        return DataLoader(
+            TokenWindows(self._windows[split]),
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _find_tokenizer(self) -> "PreTrainedTokenizerBase":
+        if self.tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        model: Any = self.trainer.lightning_module if self.trainer is not None else None
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            found = "no Trainer" if model is None else f"{type(model).__name__} without one"
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs a tokenizer: expected one in the LightningModule's "
+                f"`tokenizer` attribute, found {found}. Set `tokenizer` to the name "
+                "or folder of a Hugging Face tokenizer."
+            )
+        return tokenizer

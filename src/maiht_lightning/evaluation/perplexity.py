@@ -1,0 +1,157 @@
+"""Perplexity that holds for half precision and for badly damaged models."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import Metric
+
+# Padding in Hugging Face's labels.
+_IGNORED = -100
+
+# Logits turned to float32 at a time: 64 MiB, whatever the vocabulary.
+_CHUNK_ELEMENTS = 2**24
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every token, in float32 from a log-softmax.
+
+    Unlike softmax followed by a logarithm, this is right for float16 and bfloat16 logits and however far a
+    target's logit lies below the largest. The logits are turned to float32 some rows at a time, so that a
+    second copy of them all never exists.
+
+    Args:
+        logits: ``(batch, tokens, vocabulary)``, any floating dtype.
+        targets: ``(batch, tokens)``, int64: the token that each position's logits should have predicted.
+            The loss where it is -100 is 0.
+
+    Returns:
+        ``(batch, tokens)``, float32, in nats.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    if logits.ndim != 3 or logits.shape[:2] != targets.shape:
+        raise ValueError(
+            "expected logits (batch, tokens, vocabulary) and targets (batch, tokens), "
+            f"found {tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
+    rows = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    for index in range(len(logits)):  # one sequence at a time: its logits are a view, even if sliced
+        for start in range(0, logits.shape[1], rows):
+            part = slice(start, start + rows)
+            losses[index, part] = functional.cross_entropy(
+                logits[index, part].float(), targets[index, part], reduction="none", ignore_index=_IGNORED
+            )
+    return losses
+
+
+class Perplexity(Metric):
+    """``exp`` of the mean cross-entropy over all tokens seen, in torchmetrics' ways.
+
+    Background: ``torchmetrics.text.Perplexity`` takes a softmax and then its logarithm, which makes float16
+    logits, or a target 110 below the largest logit, an infinite perplexity. Here float32 log-softmax losses
+    are summed in float64.
+
+    Logits and targets must be aligned already: nothing is shifted. For a causal model and
+    ``input_ids (batch, seqlen)``, give ``logits[:, :-1]`` and ``input_ids[:, 1:]``. Targets of -100 are left
+    out. Under distributed training the sums of all processes are added.
+
+    Example::
+
+        >>> import torch
+        >>> metric = Perplexity()
+        >>> metric.update(torch.zeros(1, 3, 50), torch.tensor([[4, 8, 15]]))
+        >>> round(metric.compute().item(), 3)
+        50.0
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    loss_sum: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            logits: ``(batch, tokens, vocabulary)``, any floating dtype.
+            targets: ``(batch, tokens)``, int64, aligned with the logits.
+
+        Raises:
+            ValueError: The shapes do not fit.
+        """
+        self.loss_sum += token_losses(logits, targets).sum(dtype=torch.float64)
+        self.tokens += (targets != _IGNORED).sum()
+
+    def compute(self) -> Tensor:
+        """The perplexity: a float64 scalar, ``inf`` beyond its range, ``nan`` (with torchmetrics' warning) if
+        nothing was seen.
+        """
+        return torch.exp(self.loss_sum / self.tokens)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        # The state follows the module to its device but not to its dtype: `.to(torch.bfloat16)` on a parent,
+        # as Lightning's bf16-true does, would otherwise leave a sum with three digits.
+        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+    description: str = "perplexity",
+) -> float:
+    """Perplexity of a causal language model by the protocol of papers (GPTQ, https://arxiv.org/abs/2210.17323).
+
+    Each window stands alone: its ``seqlen - 1`` predictions count, and the losses are averaged over all
+    windows. The model runs in eval mode on its own device; each submodule's mode is put back afterwards.
+    Precision is the caller's: the model's dtype, or an autocast around the call.
+
+    Args:
+        model: A Hugging Face causal LM: called as ``model(input_ids=..., use_cache=False)``, answers with
+            ``.logits``.
+        windows: ``(windows, seqlen)``, int64.
+        batch_size: Windows in a forward pass. The result does not depend on it.
+        progress: Show a progress bar.
+        description: The bar's name.
+
+    Raises:
+        ValueError: There is nothing to predict in ``windows``, or ``batch_size`` is below 1.
+    """
+    if windows.ndim != 2 or len(windows) < 1 or windows.shape[1] < 2:
+        raise ValueError(
+            "windows: expected (windows, seqlen) with at least one window of two tokens, "
+            f"found {tuple(windows.shape)}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+    from tqdm.auto import tqdm
+
+    device = next(model.parameters()).device
+    metric = Perplexity().to(device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        batches = windows.split(batch_size)
+        for batch in tqdm(batches, desc=description, disable=not progress):
+            input_ids = batch.to(device)
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            metric.update(logits[:, :-1], input_ids[:, 1:])
+    finally:
+        for module in training:
+            module.training = True
+    return metric.compute().item()

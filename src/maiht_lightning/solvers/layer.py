@@ -1,0 +1,188 @@
+"""`prune_layer`: every method behind one function."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import magnitude, maiht, wanda
+from .config import MAIHTConfig, resolve_config
+from .patterns import DEFAULT_SPARSITY, Pattern, parse_pattern
+from .problem import ScaledGram, relative_error, scale_gram
+from .solution import Solution
+
+
+class Method(NamedTuple):
+    """A pruning method in two parts, so that layers with the same input share the first.
+
+    Args:
+        prepare: What is computed once for a Gram matrix.
+        solve: (weight, gram, prepared, pattern, config) → Solution.
+    """
+
+    prepare: Callable[[ScaledGram, MAIHTConfig], Any]
+    solve: Callable[[Tensor, ScaledGram, Any, Pattern, MAIHTConfig], Solution]
+
+
+def _hard_thresholding(*, accelerated: bool, plain: bool) -> Method:
+    solver = partial(maiht.solve, accelerated=accelerated, plain=plain)
+    return Method(
+        maiht.step_size,
+        lambda weight, gram, step, pattern, config: solver(weight, gram, pattern, config, step_size=step),
+    )
+
+
+METHODS: dict[str, Method] = {
+    "maiht": _hard_thresholding(accelerated=True, plain=True),
+    "aiht": _hard_thresholding(accelerated=True, plain=False),
+    "iht": _hard_thresholding(accelerated=False, plain=True),
+    "wanda": Method(lambda *_: None, lambda weight, gram, _, pattern, __: wanda.solve(weight, gram, pattern)),
+    "magnitude": Method(
+        lambda *_: None, lambda weight, _, __, pattern, ___: magnitude.solve(weight, pattern)
+    ),
+}
+
+
+@dataclass
+class LayerResult:
+    """A pruned linear layer.
+
+    Args:
+        weight: (out, in), dtype and device of the weight given; exactly 0 outside the mask.
+        mask: Boolean (out, in), True where a weight is kept.
+        relative_error: ‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖² of `weight`, after rounding to its dtype.
+        objective: f(S) = ½ tr((S − B) A (S − B)ᵀ) after each iteration: `iterations` values while the support
+            shrinks, then one as the exact support is taken and one for each refining step. Empty for methods
+            that do not iterate.
+        accelerated: For each iteration, the fraction of independent problems (one a layer; with pattern `row`
+            one a row) in which the monitor took the accelerated candidate. Empty without a monitor.
+        seconds: Wall-clock time of the solver.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    relative_error: float
+    objective: list[float]
+    accelerated: list[float]
+    seconds: float
+
+
+def check_method(method: str) -> str:
+    """Return `method`, or raise `ValueError` listing the known ones."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, but found {method!r}")
+    return method
+
+
+def prune_layer(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    sparsity: float = DEFAULT_SPARSITY,
+    pattern: str = "unstructured",
+    method: str = "maiht",
+    config: MAIHTConfig | str | None = None,
+) -> LayerResult:
+    """Prune one linear layer so that its outputs on the calibration inputs change little.
+
+    Args:
+        weight: W0 (out, in), the layout of `nn.Linear.weight`; any floating dtype, any device.
+        gram: G = XᵀX (in, in) of the layer's inputs X (tokens, in), not averaged; on the weight's device.
+        sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) zeros a layer for
+            `unstructured`, floor(sparsity · in) a row for `row`; fixed by the pattern for `N:M`.
+        pattern: `unstructured`, `row`, or `N:M`: N kept of every M consecutive inputs.
+        method: `maiht`, `aiht`, `iht`, `wanda` or `magnitude`.
+        config: Settings of the solver, or the name of a preset; the paper's by default.
+
+    Returns:
+        The pruned weight, its mask, error and the objective's course. `weight` and `gram` stay as they are.
+
+    Raises:
+        TypeError: A tensor is not a floating-point tensor.
+        ValueError: Wrong shapes, non-finite entries, a setting out of range; the message names the argument.
+
+    Source:
+        Wen, Zuo, Pan, ICML 2025 (PMLR 267:66575-66596), Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> inputs = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+        >>> weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+        >>> result = prune_layer(weight, inputs.T @ inputs, sparsity=0.5)
+        >>> int((result.weight == 0).sum())
+        256
+    """
+    return prune_group([weight], gram, sparsity=sparsity, pattern=pattern, method=method, config=config)[0]
+
+
+@torch.no_grad()
+def prune_group(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    *,
+    sparsity: float = DEFAULT_SPARSITY,
+    pattern: str = "unstructured",
+    method: str = "maiht",
+    config: MAIHTConfig | str | None = None,
+) -> list[LayerResult]:
+    """Prune several layers that see the same inputs, such as q, k and v: as `prune_layer` for each of them.
+
+    The scaling and the largest eigenvalue of the Gram matrix are computed once.
+    """
+    settings = resolve_config(config)
+    chosen = METHODS[check_method(method)]
+    structure = parse_pattern(pattern, sparsity)
+    for weight in weights:
+        _check_inputs(weight, gram, structure)
+
+    start = time.perf_counter()
+    # Autocast would run the products in half precision.
+    with torch.autocast(gram.device.type, enabled=False):
+        scaled = scale_gram(gram, settings.dtype)
+        prepared = chosen.prepare(scaled, settings)
+        results = []
+        for weight in weights:
+            solution = chosen.solve(weight, scaled, prepared, structure, settings)
+            pruned = solution.weight.to(weight.dtype)
+            if not bool(pruned.isfinite().all()):
+                raise FloatingPointError(
+                    f"{method} left weights that are not finite in {weight.dtype}; solve in precision 'float64' "
+                    f"or look at the layer's inputs"
+                )
+            error = relative_error(weight, pruned, scaled)
+            end = time.perf_counter()
+            results.append(
+                LayerResult(
+                    pruned, solution.mask, error, solution.objective, solution.accelerated, end - start
+                )
+            )
+            start = end
+    return results
+
+
+def _check_inputs(weight: Tensor, gram: Tensor, pattern: Pattern) -> None:
+    for name, tensor in (("weight", weight), ("gram", gram)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, but found {kind}")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"weight must have shape (out, in), both at least 1, but found {tuple(weight.shape)}"
+        )
+    inputs = weight.shape[1]
+    if tuple(gram.shape) != (inputs, inputs):
+        raise ValueError(
+            f"gram must have shape (in, in) = ({inputs}, {inputs}) for a weight of shape {tuple(weight.shape)}, "
+            f"but found {tuple(gram.shape)}"
+        )
+    if weight.device != gram.device:
+        raise ValueError(f"weight is on {weight.device} but gram on {gram.device}: move one of them")
+    for name, tensor in (("weight", weight), ("gram", gram)):
+        if not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise ValueError(f"{name} has {bad} entries that are NaN or infinite")
+    pattern.check_shape(weight.shape)

