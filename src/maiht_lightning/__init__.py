@@ -19,7 +19,7 @@ _HOME = {
     "prune": "pruner",
     "prune_layer": "solvers",
 }
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from .callbacks.pruning import MAIHTPruning as MAIHTPruning

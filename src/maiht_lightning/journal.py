@@ -1,12 +1,13 @@
 """The journal of a pruning: finished blocks on disk, so that a crash costs one block and not the run.
 
-A journal is a folder with `settings.json`, which says what is being pruned and how, and one safetensors file a
-finished block with its weights and, in the metadata, its layer records. Files appear whole or not at all.
+A journal is a folder with `settings.json`, which says what is being pruned and how, and one safetensors file
+a finished block with its weights and, in the metadata, its layer records. Files appear whole or not at all.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .capture import DecoderBlocks, find_linears, weight_of
 
 
 @dataclass
@@ -51,7 +54,8 @@ class Journal:
     """Finished blocks in a folder.
 
     A folder that holds another pruning's journal (other settings, model or windows) is moved aside, never
-    overwritten: `journal` becomes `journal.1` and so on.
+    overwritten: `journal` becomes `journal.1` and so on. The model may be the dense one or the one that a
+    failed pruning left in memory: its blocks are as they were, or as the journal has them.
 
     Args:
         folder: Where to keep it; made if it does not exist.
@@ -59,6 +63,9 @@ class Journal:
 
     Attributes:
         moved_to: Where another pruning's journal was moved, or None.
+
+    Raises:
+        ValueError: The folder holds other things than a journal.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
@@ -66,7 +73,10 @@ class Journal:
         self.moved_to: Path | None = None
         path = self.folder / "settings.json"
         settings = json.loads(json.dumps(settings))
-        if self.folder.exists() and any(self.folder.iterdir()) and self._read(path) != settings:
+        files = [f.name for f in self.folder.iterdir() if f.suffix != ".partial"] if self.folder.exists() else []
+        if files and not path.exists():
+            raise ValueError(f"{self.folder} is no journal but holds {files[0]}: name a new or empty folder for it")
+        if files and not self._continues(self._read(path), settings):
             number = 1
             while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
                 number += 1
@@ -91,8 +101,21 @@ class Journal:
         """Note a finished block."""
         partial = self._path(block).with_suffix(".partial")
         tensors = {name: weight.contiguous().cpu() for name, weight in weights.items()}
-        save_file(tensors, partial, metadata={"records": json.dumps([asdict(record) for record in records])})
+        metadata = {"records": json.dumps([asdict(record) for record in records]), "digest": _digest(weights)}
+        save_file(tensors, partial, metadata=metadata)
         partial.replace(self._path(block))
+
+    def _continues(self, found: Any, settings: dict[str, Any]) -> bool:
+        if not isinstance(found, dict) or {**found, "blocks": 0} != {**settings, "blocks": 0}:
+            return False
+        dense, now = found["blocks"], settings["blocks"]
+        return len(dense) == len(now) and all(now[i] in (dense[i], self._pruned_digest(i)) for i in range(len(now)))
+
+    def _pruned_digest(self, block: int) -> str | None:
+        if not self._path(block).exists():
+            return None
+        with safe_open(self._path(block), framework="pt") as file:
+            return str(file.metadata().get("digest"))
 
     def _path(self, block: int) -> Path:
         return self.folder / f"block_{block:05d}.safetensors"
@@ -105,14 +128,27 @@ class Journal:
             return None
 
 
+def fingerprint(model: nn.Module, blocks: DecoderBlocks, windows: Tensor) -> dict[str, Any]:
+    """Short digests of calibration windows and of a model's parameters: equal ones continue a journal.
+
+    The weights that are pruned have a digest a block, in `blocks`; `model` is that of all other parameters.
+    """
+    pruned = [{n: weight_of(m) for n, m in find_linears(block).items()} for block in blocks.modules]
+    ids = {id(linear.weight) for block in blocks.modules for linear in find_linears(block).values()}
+    others = {name: p for name, p in model.named_parameters() if id(p) not in ids}
+    tokens = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
+    return {"model": _digest(others), "blocks": [_digest(block) for block in pruned], "windows": tokens[:16]}
+
+
 @torch.no_grad()
-def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, str]:
-    """Short digests of a model's parameters and of calibration windows: equal ones continue a journal."""
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, shapes, dtypes and the sums of the bit patterns, taken where the tensors are.
+
+    Any training step changes the sums. Their order does not matter.
+    """
     digest = hashlib.sha256()
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, parameter in model.named_parameters():
-        # Sums of the bit patterns, taken on the device: any training step changes them.
-        total = int(parameter.detach().view(bits[parameter.element_size()]).sum(dtype=torch.int64))
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total}\n".encode())
-    tokens = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
-    return {"model": digest.hexdigest()[:16], "windows": tokens[:16]}
+    for name, tensor in sorted(tensors.items()):
+        total = int(tensor.detach().view(bits[tensor.element_size()]).sum(dtype=torch.int64))
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
+    return digest.hexdigest()[:16]

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class PruningError(RuntimeError):
-    """A layer could not be pruned; the message names it. Blocks before it are pruned, it and later ones dense."""
+    """A layer could not be pruned; the message names it. Blocks before it are pruned, later ones dense."""
 
 
 @dataclass
@@ -83,13 +83,13 @@ def prune(
     Args:
         model: A Hugging Face causal language model of the LLaMA shape, on the device to compute on.
         windows: Calibration token ids, LongTensor (samples, seqlen).
-        sparsity: Fraction of zeros in [0, 1): exactly floor(sparsity · numel) in each layer for `unstructured`.
+        sparsity: Fraction of zeros in [0, 1): exactly floor(sparsity · numel) a layer for `unstructured`.
         pattern: `unstructured` (compared within a layer), `row` (within an output row), or `N:M` (N kept of
             every M consecutive inputs).
         method: See `prune_layer`.
         config: Settings of the solver, or a preset's name; the paper's by default.
-        journal_dir: Folder for finished blocks. Called again with the same arguments after a crash, `prune`
-            goes on with the first unfinished block.
+        journal_dir: Folder for finished blocks. Called again with the same arguments after a crash, with the
+            dense model or the partly pruned one, `prune` goes on with the first unfinished block.
         progress: Show a progress bar.
         batch_size: Windows a calibration forward pass.
         on_block: Called with a block's records when it is done.
@@ -106,24 +106,25 @@ def prune(
         Alistarh, *SparseGPT*, ICML 2023.
     """
     check_method(method)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
     structure, settings = parse_pattern(pattern, sparsity), resolve_config(config)
     blocks = find_blocks(model)
-    names = [
-        [f"{blocks.path}.{i}.{n}" for n in find_linears(block)] for i, block in enumerate(blocks.modules)
-    ]
+    names = [[f"{blocks.path}.{i}.{n}" for n in find_linears(block)] for i, block in enumerate(blocks.modules)]
     for i, block in enumerate(blocks.modules):
         for name, linear in find_linears(block).items():
-            structure.check_shape(weight_of(linear).shape, f"{blocks.path}.{i}.{name}")
+            path, weight = f"{blocks.path}.{i}.{name}", weight_of(linear)
+            if not weight.is_floating_point():
+                raise TypeError(f"{path} has weights of {weight.dtype}: load the model in a floating-point dtype")
+            structure.check_shape(weight.shape, path)
     check_windows(windows, model)
 
     solver: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "method": method}
     journal = None
     if journal_dir is not None:
-        journal = Journal(journal_dir, {**solver, "config": asdict(settings), **fingerprint(model, windows)})
+        journal = Journal(journal_dir, {**solver, "config": asdict(settings), **fingerprint(model, blocks, windows)})
         if journal.moved_to is not None:
-            log.warning(
-                "The journal in %s was of another pruning; moved to %s", journal.folder, journal.moved_to
-            )
+            log.warning("The journal in %s was of another pruning; moved to %s", journal.folder, journal.moved_to)
 
     report = PruningReport()
     with (
@@ -141,7 +142,8 @@ def prune(
                 bar.set_postfix_str(f"{label}, Gram matrices")
                 groups = _capture(block, batches, index, prefix)
                 captured = time.perf_counter()
-                results = _solve(block, groups, prefix, bar, label, {**solver, "config": settings})
+                options = {**solver, "config": settings}
+                results = _solve(block, groups, prefix, bar, label=label, solver=options)
                 report.capture_seconds += captured - start
                 report.solve_seconds += time.perf_counter() - captured
                 weights = {name: result.weight for name, result in results.items()}
@@ -152,10 +154,7 @@ def prune(
                 weights, records = done
                 bar.set_postfix_str(f"{label}, from the journal")
                 bar.update(len(weights))
-            # Written only now that every layer of the block has its result.
-            linears = find_linears(block)
-            for name, weight in weights.items():
-                write_weight(linears[name], weight)
+            _write(block, weights)
             report.layers += records
             if on_block is not None:
                 on_block(records)
@@ -188,14 +187,12 @@ def check_windows(windows: Tensor, model: nn.Module) -> None:
 def _capture(block: nn.Module, batches: list[Any], index: int, prefix: str) -> list[InputGroup]:
     try:
         return accumulate_grams(block, batches, index)
-    except ValueError as error:
-        raise PruningError(
-            f"{prefix} could not be captured: {error}. It and later blocks are unchanged."
-        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise PruningError(f"{prefix} could not be captured: {error}. It and later blocks are unchanged.") from error
 
 
 def _solve(
-    block: nn.Module, groups: list[InputGroup], prefix: str, bar: Any, label: str, solver: dict[str, Any]
+    block: nn.Module, groups: list[InputGroup], prefix: str, bar: Any, *, label: str, solver: dict[str, Any]
 ) -> dict[str, LayerResult]:
     """Results by name in the block. Empties `groups`, so that a Gram matrix goes when it has been used."""
     linears, results = find_linears(block), {}
@@ -214,6 +211,18 @@ def _solve(
             bar.set_postfix_str(f"{label}, {name}, error {result.relative_error:.4f}")
             bar.update()
     return results
+
+
+def _write(block: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Write a block's weights, all of them: an interrupt (Ctrl-C) in between is passed on afterwards."""
+    linears = find_linears(block)
+    try:
+        for name, weight in weights.items():
+            write_weight(linears[name], weight)
+    except BaseException:
+        for name, weight in weights.items():
+            write_weight(linears[name], weight)
+        raise
 
 
 def _record(name: str, block: int, result: LayerResult) -> LayerRecord:

@@ -34,7 +34,7 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
         blocks = tuple(module)
-        weights = sum(linear.weight.numel() for block in blocks for linear in find_linears(block).values())
+        weights = sum(weight_of(linear).numel() for block in blocks for linear in find_linears(block).values())
         # Experts and heads are lists too, but inside a block, and hold less than the list of blocks does.
         if weights and len({type(block) for block in blocks}) == 1:
             candidates.append((weights, DecoderBlocks(path, blocks)))
@@ -48,9 +48,9 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         for name, parameter in block.named_parameters():
             if parameter.ndim > 2:
                 raise ValueError(
-                    f"{found.path}.{index}.{name} of {type(model).__name__} has shape {tuple(parameter.shape)}: "
-                    f"mixture-of-experts weights are not linear layers and would stay dense; such models are "
-                    f"not supported"
+                    f"{found.path}.{index}.{name} of {type(model).__name__} has shape "
+                    f"{tuple(parameter.shape)}: mixture-of-experts weights (or convolutions) are not linear "
+                    f"layers and would stay dense; such models are not supported"
                 )
     return found
 
@@ -71,3 +71,5 @@ def weight_of(linear: nn.Module) -> Tensor:
 def write_weight(linear: nn.Module, weight: Tensor) -> None:
     """Write a weight (out, in) into the layer, in place."""
     weight_of(linear).copy_(weight)
+    # Autocast, where it is on, holds low-precision copies of weights and would go on with the old one.
+    torch.clear_autocast_cache()

@@ -35,7 +35,7 @@ def accumulate_grams(block: nn.Module, batches: list[Batch], index: int) -> list
         The groups in the order in which the block uses them.
 
     Raises:
-        ValueError: A linear layer of the block did not run, or its inputs are not finite.
+        ValueError: A linear layer of the block did not run or ran twice, or its inputs are not finite.
     """
     linears = find_linears(block)
     collector = _Collector()
@@ -55,9 +55,7 @@ def accumulate_grams(block: nn.Module, batches: list[Batch], index: int) -> list
         raise ValueError(f"the linear layers {', '.join(missing)} did not run, so their inputs are unknown")
     for group in collector.groups:
         if not bool(group.gram.isfinite().all()):
-            raise ValueError(
-                f"the inputs of {', '.join(group.names)} are not finite: the model overflows on them"
-            )
+            raise ValueError(f"the inputs of {', '.join(group.names)} are not finite: the model overflows on them")
     return collector.groups
 
 
@@ -80,17 +78,21 @@ class _Collector:
 
     def see(self, name: str, linear: nn.Module, inputs: Tensor) -> None:
         if self.first_batch:
+            if name in self.group_of:
+                raise ValueError(f"{name} runs more than once in a forward pass, which is not supported")
             for group, known in zip(self.groups, self.inputs, strict=True):
                 if inputs is known or (
                     inputs.data_ptr() == known.data_ptr()
                     and inputs.shape == known.shape
+                    and inputs.stride() == known.stride()
                     and inputs._version == known._version
                 ):
                     group.names.append(name)
                     self.group_of[name] = group
                     return
             size = weight_of(linear).shape[1]
-            self.group_of[name] = InputGroup([name], torch.zeros(size, size, device=inputs.device))
+            gram = torch.zeros(size, size, dtype=torch.float32, device=inputs.device)
+            self.group_of[name] = InputGroup([name], gram)
             self.groups.append(self.group_of[name])
             self.inputs.append(inputs)
         elif self.group_of[name].names[0] != name:

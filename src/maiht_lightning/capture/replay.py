@@ -2,7 +2,7 @@
 
 The model's own forward prepares rotary embeddings and masks; what it hands to each block is recorded once,
 with every block replaced by the identity, and given to the block again when its turn comes. So the blocks'
-conventions need not be known here, and no block runs twice.
+conventions need not be known here, and recording costs next to nothing.
 """
 
 from collections.abc import Iterator
@@ -47,9 +47,7 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...]
 
 
 @torch.no_grad()
-def record_inputs(
-    model: nn.Module, blocks: tuple[nn.Module, ...], windows: Tensor, batch_size: int = 1
-) -> list[Batch]:
+def record_inputs(model: nn.Module, blocks: tuple[nn.Module, ...], windows: Tensor, batch_size: int = 1) -> list[Batch]:
     """Record the first block's inputs and every block's other arguments.
 
     Args:
@@ -62,21 +60,23 @@ def record_inputs(
         One entry a batch, on the model's device. Arguments that are equal in all batches are stored once.
     """
     batches: list[Batch] = []
-    for tokens in windows.split(batch_size):
-        recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-        with _as_identity(blocks, recorded):
-            # The backbone, without the head: a vocabulary of logits is of no use here.
-            backbone = getattr(model, "base_model", model)
-            backbone(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
-        if len(recorded) != len(blocks):
-            raise ValueError(
-                f"{type(model).__name__} ran {len(recorded)} of its {len(blocks)} decoder blocks in one forward "
-                f"pass; models that skip or repeat blocks are not supported"
-            )
-        arguments = [(positional, keywords) for _, positional, keywords in recorded]
-        if batches:
-            arguments = [_share(new, old) for new, old in zip(arguments, batches[0].arguments, strict=True)]
-        batches.append(Batch(recorded[0][0], arguments))
+    recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+    # The backbone, without the head: a vocabulary of logits is of no use here.
+    backbone = getattr(model, "base_model", model)
+    device = next(model.parameters()).device
+    with _as_identity(blocks, recorded):
+        for tokens in windows.split(batch_size):
+            recorded.clear()
+            backbone(input_ids=tokens.to(device), use_cache=False)
+            if len(recorded) != len(blocks):
+                raise ValueError(
+                    f"{type(model).__name__} ran {len(recorded)} of its {len(blocks)} decoder blocks in one "
+                    f"forward pass; models that skip or repeat blocks are not supported"
+                )
+            arguments = [(positional, keywords) for _, positional, keywords in recorded]
+            if batches:
+                arguments = [_share(new, old) for new, old in zip(arguments, batches[0].arguments, strict=True)]
+            batches.append(Batch(recorded[0][0], arguments))
     return batches
 
 
@@ -84,7 +84,10 @@ def record_inputs(
 def _as_identity(
     blocks: tuple[nn.Module, ...], recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]
 ) -> Iterator[None]:
+    """Blocks note what they get and return it; one runs once, to learn the form of their output."""
     returns_tuple: list[bool] = []
+    # A block may already have a forward of its own, as Accelerate's hooks give it one.
+    before = [block.__dict__.get("forward") for block in blocks]
 
     def make(block: nn.Module) -> Any:
         forward = block.forward
@@ -104,19 +107,16 @@ def _as_identity(
             block.forward = make(block)
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before, strict=True):
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 def _share(new: Any, old: Any) -> Any:
     """`old` in place of an equal `new`, element by element, so that equal tensors exist once."""
     if isinstance(new, Tensor):
-        same = (
-            isinstance(old, Tensor)
-            and new.shape == old.shape
-            and new.dtype == old.dtype
-            and torch.equal(new, old)
-        )
+        same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
         return old if same else new
     if type(new) is tuple and type(old) is tuple and len(new) == len(old):
         return tuple(_share(a, b) for a, b in zip(new, old, strict=True))

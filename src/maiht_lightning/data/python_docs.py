@@ -41,9 +41,7 @@ def python_docs_texts(split: str) -> list[str]:
     splits = _splits()
     name = _ALIASES.get(split, split)
     if name not in splits:
-        raise ValueError(
-            f"python_docs has no split {split!r}: expected one of {', '.join([*splits, *_ALIASES])}"
-        )
+        raise ValueError(f"python_docs has no split {split!r}: expected one of {', '.join([*splits, *_ALIASES])}")
     return list(splits[name])
 
 

@@ -125,8 +125,7 @@ def _from_hub(path: str, *args: str, **kwargs: Any) -> Any:
         return datasets.load_dataset(path, *args, **kwargs)
     except Exception as error:
         error.add_note(
-            f"{path} was asked of the Hugging Face hub. "
-            f"Without internet, set {VARIABLE} to a folder with local copies."
+            f"{path} was asked of the Hugging Face hub. Without internet, set {VARIABLE} to a folder with local copies."
         )
         raise
 

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric
+from tqdm.auto import tqdm
+
+from ..capture import evaluation_mode
 
 # Padding in Hugging Face's labels.
 _IGNORED = -100
@@ -134,24 +137,15 @@ def perplexity(
     """
     if windows.ndim != 2 or len(windows) < 1 or windows.shape[1] < 2:
         raise ValueError(
-            "windows: expected (windows, seqlen) with at least one window of two tokens, "
-            f"found {tuple(windows.shape)}"
+            f"windows: expected (windows, seqlen) with at least one window of two tokens, found {tuple(windows.shape)}"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
-    from tqdm.auto import tqdm
-
     device = next(model.parameters()).device
     metric = Perplexity().to(device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        batches = windows.split(batch_size)
-        for batch in tqdm(batches, desc=description, disable=not progress):
+    with evaluation_mode(model):
+        for batch in tqdm(windows.split(batch_size), desc=description, unit="batch", disable=not progress):
             input_ids = batch.to(device)
             logits = model(input_ids=input_ids, use_cache=False).logits
             metric.update(logits[:, :-1], input_ids[:, 1:])
-    finally:
-        for module in training:
-            module.training = True
     return metric.compute().item()

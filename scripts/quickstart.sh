@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Fine-tune, prune and measure SmolLM2-135M on this machine: bash scripts/quickstart.sh [options of `maiht fit`]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/install.sh '.[gguf]'
+model=$(.venv/bin/python scripts/fetch_smollm2.py)
+exec .venv/bin/maiht fit --config configs/quickstart.yaml --model.name_or_path "$model" "$@"

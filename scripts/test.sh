@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Install what the tests need and run them: bash scripts/test.sh [options of pytest, such as -m "not slow"]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/install.sh '.[dev,gguf]'
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,179 @@
+"""`maiht`: LightningCLI with pruning.
+
+Commands: `fit` (train, then prune), `prune` (no training), `validate` and `test`.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from .callbacks.pruning import MAIHTPruning
+
+# Imported so that their classes can be given by name alone, as in `--data WikiText2DataModule`.
+from .data import c4, python_docs, wikitext2  # noqa: F401
+from .module import CausalLMModule
+from .reporting.loggers import log_settings
+from .reporting.run_folder import fresh_run_folder
+
+USER_ERRORS = (MisconfigurationException, ValueError, TypeError, OSError)
+
+
+class PruningTrainer(Trainer):
+    """A Trainer that can also prune without training."""
+
+    def prune(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Prune a model without training it.
+
+        Args:
+            model: The LightningModule.
+            datamodule: Not needed; taken so that one configuration serves `fit` and `prune`.
+            ckpt_path: A Lightning checkpoint to load the weights from first.
+
+        Raises:
+            MisconfigurationException: The Trainer has no `MAIHTPruning`, or as that callback says.
+        """
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        pruning = next((callback for callback in callbacks if isinstance(callback, MAIHTPruning)), None)
+        if pruning is None:
+            raise MisconfigurationException("prune needs MAIHTPruning among the Trainer's callbacks")
+        pruning.setup(self, model, "fit")
+        for callback in callbacks:
+            if isinstance(callback, RunConfig):
+                callback.setup(self, model, "prune")
+        # The part of `Trainer.fit` that puts a model on its device in its precision.
+        self.strategy.connect(model)
+        model.trainer = self
+        self.strategy.setup_environment()
+        with self.strategy.tensor_init_context(), self.precision_plugin.module_init_context():
+            model.configure_model()
+        if ckpt_path is not None:
+            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+            model.load_state_dict(checkpoint["state_dict"])
+        self.precision_plugin.convert_module(model)
+        self.strategy.model_to_device()
+        pruning.prepare(self, model)
+        pruning.run(self, model)
+        for logger in self.loggers:
+            logger.finalize("success")
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the whole configuration to `config.yaml` in the run's folder, over an older one, and to the loggers."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the configuration once, on the first process."""
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        config = self.config.clone()
+        # Used again, the configuration starts a run of its own and does not write over this one.
+        for key in ("output_dir", "trainer.default_root_dir", "config"):
+            if key in config:
+                config[key] = None
+        for settings in logger_settings(config):
+            settings.save_dir = "."
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.yaml"
+        self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=False, skip_validation=True)
+        log_settings(trainer.loggers, yaml.safe_load(path.read_text()))
+
+
+def logger_settings(config: Namespace) -> list[Namespace]:
+    """The settings of those configured loggers that write to a `save_dir`."""
+    loggers = config.trainer.logger
+    settings = [getattr(logger, "init_args", None) for logger in (loggers if isinstance(loggers, list) else [loggers])]
+    return [s for s in settings if s is not None and "save_dir" in s]
+
+
+class MAIHTCLI(LightningCLI):
+    """LightningCLI with a `pruning` section and a folder for the run."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            CausalLMModule,
+            LightningDataModule,
+            subclass_mode_data=True,
+            trainer_class=PruningTrainer,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "maiht",
+                "description": "Fine-tune a causal language model and prune it in one shot.",
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, with the arguments that the CLI itself gives to each."""
+        evaluation = {"model", "dataloaders", "datamodule"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "prune": {"model", "datamodule"},
+            "validate": evaluation,
+            "test": evaluation,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's folder and the pruning section."""
+        parser.add_argument(
+            "--output_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run (default: a fresh one in runs/).",
+        )
+        parser.add_lightning_class_args(MAIHTPruning, "pruning")
+        parser.link_arguments("output_dir", "pruning.output_dir")
+
+    def before_instantiate_classes(self) -> None:
+        """Put the run and its loggers into the run's folder."""
+        config = self.config[self.subcommand]
+        folder = config.output_dir or str(fresh_run_folder())
+        config.output_dir = config.trainer.default_root_dir = config.pruning.output_dir = folder
+        for settings in logger_settings(config):
+            if settings.save_dir in (None, "."):
+                settings.save_dir = folder
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `maiht`. What the user can mend ends with one line and exit status 2, not with a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The windows lie in memory: workers would only cost time.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    try:
+        MAIHTCLI(args)
+    except USER_ERRORS as error:
+        if os.environ.get("MAIHT_TRACEBACK") or _is_internal(error):
+            raise
+        print(f"maiht: error: {error}\n(MAIHT_TRACEBACK=1 shows where.)", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _is_internal(error: BaseException) -> bool:
+    """Whether an error comes from deep inside a library, where its message alone would not help."""
+    traceback, files = error.__traceback__, []
+    while traceback is not None:
+        files.append(traceback.tb_frame.f_code.co_filename)
+        traceback = traceback.tb_next
+    home = str(Path(__file__).parent)
+    return not isinstance(error, MisconfigurationException) and not files[-1].startswith(home)
+
+
+if __name__ == "__main__":
+    main()

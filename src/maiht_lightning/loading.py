@@ -1,0 +1,66 @@
+"""Loading a causal language model and its tokenizer from wherever they are."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_source(name_or_path: str) -> None:
+    """Raise `FileNotFoundError` if the text can only be a path and nothing is there; costs no loading.
+
+    What has no slash at its start and at most one inside may be a name on the Hugging Face hub.
+    """
+    path = Path(name_or_path).expanduser()
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    if (looks_local or path.suffix in (".gguf", ".json")) and not path.exists():
+        raise FileNotFoundError(
+            f"no model at {path}: expected a Hugging Face folder, a .gguf file, a config.json, or a hub name"
+        )
+
+
+def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """Load a causal language model.
+
+    Args:
+        name_or_path: A Hugging Face hub name; a local folder; a `.gguf` file, whose weights are dequantised; or
+            the path of a `config.json`, for random weights from torch's global generator.
+        dtype: Floating-point format of the weights.
+
+    Raises:
+        FileNotFoundError: A local path does not exist.
+        OSError: The hub does not know the name or cannot be reached.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_source(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf":
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        # Its config says that it is quantised, which it no longer is and which forbids saving it.
+        config = copy.deepcopy(loaded.config)
+        del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = loaded.generation_config
+        return plain
+    if path.suffix == ".json":
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(path if path.exists() else name_or_path, dtype=dtype)
+
+
+def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that belongs to a model; arguments and errors as for `load_model`."""
+    from transformers import AutoTokenizer
+
+    check_source(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if path.suffix == ".json":
+        return AutoTokenizer.from_pretrained(path.parent)
+    return AutoTokenizer.from_pretrained(path if path.exists() else name_or_path)
