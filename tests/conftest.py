@@ -13,6 +13,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """One thread for tests of small things: several only wait for each other, most of all on a busy machine."""
+    import torch
+
+    if request.node.get_closest_marker("slow"):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     """The folder with local copies of the data sets."""

@@ -248,11 +248,7 @@ SPLITS = ("train", "calibration", "heldout")
 
 def test_python_docs_splits_share_no_topic_and_no_paragraph():
     def paragraphs(split):
-        return [
-            " ".join(paragraph.split())
-            for text in python_docs_texts(split)
-            for paragraph in text.split("\n\n")
-        ]
+        return [" ".join(paragraph.split()) for text in python_docs_texts(split) for paragraph in text.split("\n\n")]
 
     def titles(split):
         return [text.split("\n", 1)[0] for text in python_docs_texts(split)]
@@ -383,9 +379,7 @@ def test_packed_is_whole_documents_end_to_end(corpus):
     documents = bytes(stream[1:]).decode().split("\x03")
     assert set(documents[:-1]) <= set(SHORT)
     assert documents[:-1] != SHORT[: len(documents) - 1]
-    with pytest.raises(
-        ValueError, match=r"expected 99 window\(s\) of seqlen=20 tokens \(1980 tokens\), found"
-    ):
+    with pytest.raises(ValueError, match=r"expected 99 window\(s\) of seqlen=20 tokens \(1980 tokens\), found"):
         C4Calibration(99, 20, "packed").windows(Bytes(), 0)
 
 

@@ -167,12 +167,13 @@ def main(args: list[str] | None = None) -> None:
 
 def _is_internal(error: BaseException) -> bool:
     """Whether an error comes from deep inside a library, where its message alone would not help."""
-    traceback, files = error.__traceback__, []
+    if isinstance(error, MisconfigurationException | OSError):
+        return False
+    traceback, raised_in = error.__traceback__, ""
     while traceback is not None:
-        files.append(traceback.tb_frame.f_code.co_filename)
+        raised_in = traceback.tb_frame.f_globals.get("__name__", "")
         traceback = traceback.tb_next
-    home = str(Path(__file__).parent)
-    return not isinstance(error, MisconfigurationException) and not files[-1].startswith(home)
+    return raised_in.split(".")[0] not in ("maiht_lightning", "jsonargparse")
 
 
 if __name__ == "__main__":

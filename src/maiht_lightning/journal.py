@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .capture import DecoderBlocks, find_linears, weight_of
+from .capture import find_blocks, find_linears, weight_of
 
 
 @dataclass
@@ -128,13 +128,14 @@ class Journal:
             return None
 
 
-def fingerprint(model: nn.Module, blocks: DecoderBlocks, windows: Tensor) -> dict[str, Any]:
+def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
     """Short digests of calibration windows and of a model's parameters: equal ones continue a journal.
 
     The weights that are pruned have a digest a block, in `blocks`; `model` is that of all other parameters.
     """
-    pruned = [{n: weight_of(m) for n, m in find_linears(block).items()} for block in blocks.modules]
-    ids = {id(linear.weight) for block in blocks.modules for linear in find_linears(block).values()}
+    blocks = [find_linears(block) for block in find_blocks(model).modules]
+    pruned = [{name: weight_of(linear) for name, linear in block.items()} for block in blocks]
+    ids = {id(linear.weight) for block in blocks for linear in block.values()}
     others = {name: p for name, p in model.named_parameters() if id(p) not in ids}
     tokens = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
     return {"model": _digest(others), "blocks": [_digest(block) for block in pruned], "windows": tokens[:16]}

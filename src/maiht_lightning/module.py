@@ -74,7 +74,9 @@ class CausalLMModule(LightningModule):
             return
         model = load_model(self.name_or_path, torch.get_default_dtype())
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Newer releases of transformers have renamed it.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         # `from_pretrained` leaves it in eval mode, in which checkpointing is off and dropout too.
         self.model = model.train()
 

@@ -122,7 +122,7 @@ def prune(
     solver: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "method": method}
     journal = None
     if journal_dir is not None:
-        journal = Journal(journal_dir, {**solver, "config": asdict(settings), **fingerprint(model, blocks, windows)})
+        journal = Journal(journal_dir, {**solver, "config": asdict(settings), **fingerprint(model, windows)})
         if journal.moved_to is not None:
             log.warning("The journal in %s was of another pruning; moved to %s", journal.folder, journal.moved_to)
 

@@ -206,8 +206,11 @@ class MAIHTPruning(Callback):
             "sparsity": self.pattern.sparsity,
             "pattern": self.pattern.name,
             "config": asdict(self.config),
-            "calibration": repr(self.calibration),
-            "calibration_windows": list(self._calibration_windows.shape),
+            "calibration": {
+                "class": type(self.calibration).__name__,
+                **{k: v for k, v in vars(self.calibration).items() if isinstance(v, str | int | float)},
+                "windows": list(self._calibration_windows.shape),
+            },
             "evaluation": asdict(self.evaluation),
         }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from .calibration import check_at_least
+from .calibration import CalibrationSource, check_at_least
 from .sources import iterate_texts
 from .windows import pack_windows, tokenize
 
@@ -23,7 +23,7 @@ Sampling = Literal["wanda", "packed"]
 _BUFFER = 10_000
 
 
-class C4Calibration:
+class C4Calibration(CalibrationSource):
     """Calibration windows from the first shard of C4's English training text.
 
     The shard is streamed from the hub (``allenai/c4``) as far as needed, or read from ``c4/train.jsonl.gz``

@@ -1,6 +1,7 @@
 """What the pruner asks of a source of calibration text."""
 
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -8,16 +9,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class CalibrationSource(Protocol):
-    """Anything with this method can calibrate: give it to the pruning callback or command.
+class CalibrationSource(ABC):
+    """Where calibration windows come from. A subclass can be given to the pruning callback, and by its class's
+    path to the command line.
 
     Example::
 
-        class MyText:
+        class MyText(CalibrationSource):
             def windows(self, tokenizer, seqlen):
                 return pack_windows(my_documents(), tokenizer, seqlen, samples=128)
     """
 
+    @abstractmethod
     def windows(self, tokenizer: "PreTrainedTokenizerBase", seqlen: int) -> Tensor:
         """Calibration windows.
 
@@ -28,7 +31,6 @@ class CalibrationSource(Protocol):
         Returns:
             ``(samples, seqlen)``, int64, the same at each call.
         """
-        ...
 
 
 def check_at_least(minimum: int, **settings: int) -> None:

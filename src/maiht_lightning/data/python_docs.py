@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .calibration import check_at_least
+from .calibration import CalibrationSource, check_at_least
 from .module import TextDataModule
 from .windows import pack_windows
 
@@ -78,7 +78,7 @@ def _unseen_paragraphs(text: str, seen: set[str]) -> str:
     return "\n\n".join(kept)
 
 
-class PythonDocsCalibration:
+class PythonDocsCalibration(CalibrationSource):
     """Calibration windows from the Python reference's calibration topics, packed in random order.
 
     Made for trying things out without a network: there are some 20 thousand tokens, 80 windows of 256.

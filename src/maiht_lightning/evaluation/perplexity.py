@@ -94,8 +94,9 @@ class Perplexity(Metric):
         Raises:
             ValueError: The shapes do not fit.
         """
-        self.loss_sum += token_losses(logits, targets).sum(dtype=torch.float64)
-        self.tokens += (targets != _IGNORED).sum()
+        # Not in place: after `Trainer.validate` the state may be an inference tensor, which `fit` may not write to.
+        self.loss_sum = self.loss_sum + token_losses(logits, targets).sum(dtype=torch.float64)
+        self.tokens = self.tokens + (targets != _IGNORED).sum()
 
     def compute(self) -> Tensor:
         """The perplexity: a float64 scalar, ``inf`` beyond its range, ``nan`` (with torchmetrics' warning) if

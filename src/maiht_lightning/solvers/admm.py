@@ -1,0 +1,94 @@
+"""ADMM-Grad: alternate between an exact ridge solution and pruning, tied together by dual variables.
+
+Background: Boža, *Fast and Effective Weight Update for Pruned Large Language Models*, TMLR 2024 (arXiv
+2401.02938). In the coordinates S = W · diag(d), with A = C + damping and B = W0 · diag(d):
+
+    Z = (S + U) ∘ mask,   U ← U + S − Z,   S = (A + ρI)⁻¹ (A B + ρ (Z − U))
+
+In the first steps the mask keeps the largest |S + U| at a sparsity that grows as s − s(1 − i/15)³; then it is
+frozen. The result is the last Z.
+
+What differs: nothing but exact counts. N:M patterns keep N of M from the first step on.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import MAIHTConfig
+from .patterns import Pattern
+from .problem import ScaledGram, scale_weight, unscale_weight
+from .solution import Solution
+
+# The paper's settings: steps, those in which the mask changes, penalty ρ, damping of the unit diagonal.
+STEPS = 20
+MASK_STEPS = 15
+RHO = 1.0
+DAMPING = 0.1
+
+
+class Prepared(NamedTuple):
+    """What ADMM computes once for a Gram matrix.
+
+    Args:
+        damped: A = C + damping · I (in, in).
+        inverse: (A + ρI)⁻¹ (in, in).
+    """
+
+    damped: Tensor
+    inverse: Tensor
+
+
+def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
+    """A and (A + ρI)⁻¹.
+
+    Raises:
+        FloatingPointError: The damped Gram matrix is not positive definite.
+    """
+    damped = gram.correlation.clone()
+    damped.diagonal().add_(DAMPING)
+    shifted = damped.clone()
+    shifted.diagonal().add_(RHO)
+    lower, info = torch.linalg.cholesky_ex(shifted)
+    if int(info):
+        raise FloatingPointError(
+            f"ADMM could not factorise the Gram matrix in {shifted.dtype} (minor {int(info)} of "
+            f"{len(shifted)} is not positive definite, with damping {DAMPING} and ρ = {RHO}): check that "
+            f"gram is XᵀX"
+        )
+    return Prepared(damped, torch.cholesky_inverse(lower))
+
+
+def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern, config: MAIHTConfig) -> Solution:
+    """Prune one layer by ADMM-Grad.
+
+    Args:
+        weight: W0 (out, in).
+        gram: The scaled Gram matrix of the layer's inputs.
+        prepared: From `prepare`.
+        pattern: What to prune and how much.
+        config: Not used; ADMM's settings are the paper's.
+
+    Returns:
+        The pruned weight in `gram`'s dtype; a kept weight of a dead feature stays what it was. No objective:
+        that would cost a further product a step.
+    """
+    target, exponent = scale_weight(weight, gram)
+    size = weight.abs().to(target.dtype)
+    pull = target @ prepared.damped
+    current, dual = target.clone(), torch.zeros_like(target)
+    mask = torch.ones_like(target, dtype=torch.bool)
+    for step in range(STEPS):
+        proposal = current + dual
+        if step < MASK_STEPS:
+            growing = pattern.sparsity * (1 - (1 - (step + 1) / MASK_STEPS) ** 3)
+            now = pattern if pattern.group else replace(pattern, sparsity=growing)
+            # Dead features, all equal here, go by magnitude.
+            mask = now.mask(proposal.abs(), size)
+        sparse = proposal * mask
+        dual = proposal - sparse
+        current = (pull + RHO * (sparse - dual)) @ prepared.inverse
+    result = unscale_weight((current + dual) * mask, exponent, gram)
+    return Solution(torch.where(mask & (gram.norms == 0), weight.to(result.dtype), result), mask)

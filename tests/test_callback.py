@@ -1,0 +1,260 @@
+"""MAIHTPruning in somebody's own script: what it does, what it refuses, what it leaves behind."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from maiht_lightning import MAIHTPruning
+from maiht_lightning.data.calibration import CalibrationSource
+from maiht_lightning.evaluation.perplexity import perplexity
+from maiht_lightning.evaluation.settings import Evaluation
+from maiht_lightning.sparsity import count_zeros
+from wandb_file import read_run
+
+LAYERS = 14
+
+
+class OwnModule(LightningModule):
+    """A LightningModule as somebody else writes it: other names, a step of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.net = torch.nn.ModuleDict({"lm": model})
+        self.steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return self.net["lm"](input_ids=batch, labels=batch, use_cache=False).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def train_dataloader(self):
+        return DataLoader(torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(5)), batch_size=2)
+
+
+class Windows(CalibrationSource):
+    """A calibration source of somebody's own."""
+
+    def windows(self, tokenizer, seqlen):
+        return torch.randint(0, 64, (6, 32), generator=torch.Generator().manual_seed(1))
+
+
+class NoTokenizer:
+    """Stands in where no text is tokenized; saved beside the model."""
+
+    def save_pretrained(self, folder):
+        pass
+
+
+@pytest.fixture
+def module(tiny_llama):
+    module = OwnModule(tiny_llama(vocab_size=64).train())
+    module.tokenizer = NoTokenizer()
+    return module
+
+
+@pytest.fixture
+def text(monkeypatch):
+    """Evaluation windows without a tokenizer."""
+    windows = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(Evaluation, "windows", lambda *_: {"random": windows})
+    return windows
+
+
+def pruning(tmp_path, **settings):
+    return MAIHTPruning(calibration=Windows(), output_dir=str(tmp_path / "run"), **settings)
+
+
+def trainer(*callbacks, **settings):
+    settings = {"max_epochs": 1, "logger": False, **settings}
+    return Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "zeros"),
+    [({"sparsity": 0.5}, 0.5), ({"sparsity": 0.7, "method": "wanda"}, 0.7), ({"pattern": "1:4"}, 0.75)],
+)
+def test_a_fit_ends_pruned_saved_and_measured(module, text, tmp_path, settings, zeros):
+    callback = pruning(tmp_path, **settings)
+    trainer(callback).fit(module)
+    assert module.steps == 4
+
+    counts = count_zeros(module.net["lm"])
+    assert [count.zeros for count in counts] == [math.floor(zeros * count.size) for count in counts]
+    run = tmp_path / "run"
+    reloaded = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), module.net["lm"].parameters(), strict=True))
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["measured_sparsity"] == pytest.approx(zeros, abs=1e-4)
+    assert set(summary["seconds"]) == {"fit", "capture", "solve", "evaluate"}
+    assert summary["peak_memory_bytes"] > 0
+    expected = perplexity(reloaded, text, progress=False)
+    assert summary["stages"]["pruned"]["perplexity"]["random"] == pytest.approx(expected, rel=1e-5)
+    assert summary["stages"]["dense"]["perplexity"]["random"] != pytest.approx(expected, rel=1e-3)
+    with (run / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == LAYERS
+    assert {row["sparsity"] for row in rows} == {str(zeros)} or zeros == 0.7
+
+
+def test_the_dense_stage_is_the_model_as_trained(module, text, tmp_path):
+    trained = {}
+
+    class Copy(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trained["perplexity"] = perplexity(pl_module.net["lm"], text, progress=False)
+
+    trainer(Copy(), pruning(tmp_path)).fit(module)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stages"]["dense"]["perplexity"]["random"] == pytest.approx(trained["perplexity"], rel=1e-6)
+
+
+def test_bf16_true(module, text, tmp_path):
+    trainer(pruning(tmp_path), precision="bf16-true").fit(module)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert all(count.zeros == count.size // 2 for count in count_zeros(module.net["lm"]))
+
+
+def test_without_output_dir_a_fresh_folder_is_made_each_time(module, text, tmp_path):
+    for _ in range(2):
+        trainer(MAIHTPruning(calibration=Windows()), default_root_dir=tmp_path).fit(module)
+    assert len(list(tmp_path.glob("runs/*/model/config.json"))) == 2
+
+
+def test_csv_logger_gets_blocks_and_stages(module, text, tmp_path):
+    logger = CSVLogger(tmp_path / "csv")
+    trainer(pruning(tmp_path), logger=logger).fit(module)
+    with open(logger.log_dir + "/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["prune/block"] for row in rows if row["prune/block"]] == ["0", "1"]
+    values = {key: value for row in rows for key, value in row.items() if value}
+    assert float(values["pruned/sparsity"]) == 0.5
+    assert float(values["dense/perplexity/random"]) > 0
+    assert float(values["pruned/perplexity/random"]) > 0
+
+
+def test_offline_wandb_run_holds_curves_stages_table_and_settings(module, text, tmp_path):
+    import wandb
+
+    (tmp_path / "run").mkdir()
+    trainer(pruning(tmp_path), logger=WandbLogger(save_dir=tmp_path / "run", offline=True), log_every_n_steps=1).fit(
+        module
+    )
+    wandb.finish()
+    history, config = read_run(tmp_path / "run")
+    blocks = [row for row in history if "prune/relative_error" in row]
+    assert [row["prune/block"] for row in blocks] == [0, 1]
+    with (tmp_path / "run" / "layers.csv").open() as file:
+        errors = {row["name"]: float(row["relative_error"]) for row in csv.DictReader(file)}
+    for row in blocks:
+        name = f"model.layers.{row['prune/block']}.mlp.down_proj"
+        assert row["prune/relative_error/mlp.down_proj"] == pytest.approx(errors[name])
+    assert [row["prune/layers.nrows"] for row in history if "prune/layers.nrows" in row] == [LAYERS]
+    metrics = {key: value for row in history for key, value in row.items()}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for stage in ("dense", "pruned"):
+        assert metrics[f"{stage}/perplexity/random"] == summary["stages"][stage]["perplexity"]["random"]
+    assert metrics["pruned/sparsity"] == 0.5
+    assert config["pruned_with"]["method"] == "maiht"
+    assert config["pruned_with"]["calibration"] == {"class": "Windows", "windows": [6, 32]}
+
+
+def test_a_logger_that_fails_costs_nothing(module, text, tmp_path):
+    class Broken(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            if any(key.startswith(("prune", "dense")) for key in metrics):
+                raise ConnectionError("no network")
+
+    with pytest.warns(UserWarning, match="could not log the pruning"):
+        trainer(pruning(tmp_path), logger=Broken(tmp_path)).fit(module)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, lambda: StochasticWeightAveraging(swa_lrs=1e-3)])
+def test_averaging_after_pruning_is_refused(module, text, tmp_path, averaging):
+    with pytest.raises(MisconfigurationException, match="put it before MAIHTPruning"):
+        trainer(pruning(tmp_path), averaging()).fit(module)
+    assert module.steps == 0
+
+
+def test_averaging_before_pruning_is_fine(module, text, tmp_path):
+    trainer(EMAWeightAveraging(), pruning(tmp_path)).fit(module)
+    assert all(count.zeros == count.size // 2 for count in count_zeros(module.net["lm"]))
+
+
+def test_a_callback_that_brings_weights_back_is_found_out(module, text, tmp_path):
+    class Undo(Callback):
+        def on_train_end(self, trainer, pl_module):
+            pl_module.net["lm"].model.layers[1].mlp.up_proj.weight.data += 1
+
+    with pytest.raises(MisconfigurationException, match=r"model\.layers\.1\.mlp\.up_proj first"):
+        trainer(pruning(tmp_path), Undo()).fit(module)
+
+
+def test_a_fit_with_nothing_to_do_says_that_it_did_not_prune(module, text, tmp_path):
+    with pytest.raises(MisconfigurationException, match="ended without pruning"):
+        trainer(pruning(tmp_path), max_epochs=0).fit(module)
+
+
+def test_two_models_must_be_told_apart(module, text, tiny_llama, tmp_path):
+    module.net["teacher"] = tiny_llama(vocab_size=64, seed=1)
+    with pytest.raises(MisconfigurationException, match=r"several: net\.lm, net\.teacher"):
+        trainer(pruning(tmp_path)).fit(module)
+    with pytest.raises(MisconfigurationException, match="no submodule of that name"):
+        trainer(pruning(tmp_path, model="student")).fit(module)
+    assert module.steps == 0
+    trainer(pruning(tmp_path, model="net.lm")).fit(module)
+    assert all(count.zeros == count.size // 2 for count in count_zeros(module.net["lm"]))
+    assert sum(count.zeros for count in count_zeros(module.net["teacher"])) == 0
+
+
+def test_what_cannot_be_pruned_is_refused_before_training(module, text, tmp_path):
+    class Short(Windows):
+        def windows(self, tokenizer, seqlen):
+            raise ValueError("the text is too short")
+
+    class Foreign(Windows):
+        def windows(self, tokenizer, seqlen):
+            return torch.full((2, 8), 64)
+
+    for callback, message in (
+        (MAIHTPruning(calibration=Short()), "too short"),
+        (MAIHTPruning(calibration=Foreign()), "another model's tokenizer"),
+        (MAIHTPruning(calibration=Windows(), pattern="2:7"), "divisible by 7"),
+    ):
+        with pytest.raises(MisconfigurationException, match=message):
+            trainer(callback, default_root_dir=tmp_path).fit(module)
+    module.net["lm"] = torch.nn.Linear(4, 4)
+    with pytest.raises(MisconfigurationException, match=r"must hold one Hugging Face model.*found none"):
+        trainer(pruning(tmp_path)).fit(module)
+    assert module.steps == 0
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_settings_are_checked_when_written():
+    with pytest.raises(ValueError, match="method must be one of"):
+        MAIHTPruning(method="foo")
+    with pytest.raises(ValueError, match="sparsity"):
+        MAIHTPruning(sparsity=1.5)
+    with pytest.raises(ValueError, match="batch_size"):
+        MAIHTPruning(batch_size=0)
+    with pytest.raises(TypeError, match="config"):
+        MAIHTPruning(config={"mu": 0.1})

@@ -1,0 +1,147 @@
+"""CausalLMModule and loading: where weights come from, modes, precision, learning."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
+
+from maiht_lightning import CausalLMModule
+from maiht_lightning.loading import load_model, load_tokenizer
+
+
+class Repeated(LightningDataModule):
+    """The same few windows again and again, which any model can learn."""
+
+    def __init__(self, length=24):
+        super().__init__()
+        self.length = length
+
+    def _loader(self):
+        tokens = torch.arange(16).repeat(self.length, 2)
+        return DataLoader([{"input_ids": row} for row in tokens], batch_size=2)
+
+    def train_dataloader(self):
+        return self._loader()
+
+    def val_dataloader(self):
+        return self._loader()
+
+
+def quiet_trainer(**settings):
+    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, **settings}
+    return Trainer(enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **settings)
+
+
+@pytest.fixture
+def folder(tiny_llama, tmp_path):
+    tiny_llama(vocab_size=64).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_weights_of_a_folder_are_loaded_only_when_the_trainer_asks(folder, tiny_llama):
+    module = CausalLMModule(str(folder))
+    assert module.model is None
+    module.configure_model()
+    expected = tiny_llama(vocab_size=64).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in module.model.state_dict().items())
+
+
+def test_config_file_means_random_weights(folder):
+    torch.manual_seed(1)
+    first = load_model(str(folder / "config.json"))
+    torch.manual_seed(1)
+    second = load_model(str(folder / "config.json"))
+    stored = load_model(str(folder))
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(first.state_dict()[weight], second.state_dict()[weight])
+    assert not torch.equal(first.state_dict()[weight], stored.state_dict()[weight])
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "nowhere.gguf", "~/no/such/model"])
+def test_missing_local_model_is_named_at_once(name):
+    with pytest.raises(FileNotFoundError, match="no model at"):
+        CausalLMModule(name)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("learning_rate", -1.0), ("weight_decay", float("nan")), ("warmup_fraction", 2.0)]
+)
+def test_settings_out_of_range_are_named(folder, setting, value):
+    with pytest.raises(ValueError, match=setting):
+        CausalLMModule(str(folder), **{setting: value})
+
+
+def test_training_lowers_the_loss_and_reports_perplexity(folder):
+    module = CausalLMModule(str(folder), learning_rate=3e-3)
+    trainer = quiet_trainer(max_epochs=3)
+    trainer.validate(module, Repeated(), verbose=False)
+    before = trainer.callback_metrics["val/perplexity"].item()
+    trainer.fit(module, Repeated())
+    assert trainer.callback_metrics["val/perplexity"].item() < before / 2
+
+
+def test_learning_rate_warms_up_and_decays_to_zero(folder):
+    module = CausalLMModule(str(folder), learning_rate=1e-3, warmup_fraction=0.25)
+    rates = []
+    module.on_train_batch_start = lambda *_: rates.append(module.optimizers().param_groups[0]["lr"])
+    quiet_trainer(limit_val_batches=0).fit(module, Repeated())
+    assert len(rates) == 12
+    assert rates[0] == 0
+    assert max(rates) == rates[3] == pytest.approx(1e-3)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] < 1e-4
+
+
+def test_weight_decay_spares_norms(folder):
+    module = CausalLMModule(str(folder), weight_decay=0.1)
+    groups = []
+    module.on_train_start = lambda: groups.extend(module.optimizers().param_groups)
+    quiet_trainer(max_steps=1, limit_val_batches=0).fit(module, Repeated())
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.ndim >= 2 for p in groups[0]["params"])
+    assert len(groups[1]["params"]) == 5  # two norms a block and the last one
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_submodule_trains_and_checkpointing_is_really_on(folder, checkpointing):
+    module = CausalLMModule(str(folder), gradient_checkpointing=checkpointing)
+    calls, modes = [], []
+
+    def count(_, __):
+        calls.append(1)
+
+    def start():
+        modes.extend(m.training for m in module.model.modules())
+        module.model.model.layers[0].mlp.up_proj.register_forward_pre_hook(count)
+
+    module.on_train_start = start
+    quiet_trainer(max_steps=1, limit_val_batches=0).fit(module, Repeated())
+    assert all(modes)
+    # A checkpointed block runs a second time in the backward pass.
+    assert len(calls) == (2 if checkpointing else 1)
+
+
+def test_bf16_true_trains_in_bfloat16(folder):
+    module = CausalLMModule(str(folder))
+    quiet_trainer(max_steps=2, precision="bf16-true").fit(module, Repeated())
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    # The metric's sums keep their precision.
+    assert module.perplexity.loss_sum.dtype == torch.float64
+
+
+@pytest.mark.slow
+def test_gguf_file_becomes_a_plain_model_that_can_be_saved(smollm2_gguf, tmp_path):
+    model = load_model(str(smollm2_gguf))
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert len(model.model.layers) == 30
+    model.save_pretrained(tmp_path)
+    load_tokenizer(str(smollm2_gguf)).save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again, tokenizer = load_model(str(tmp_path)), load_tokenizer(str(tmp_path))
+    tokens = torch.tensor([tokenizer("The capital of France is").input_ids])
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits
+        torch.testing.assert_close(again.eval()(tokens).logits, logits)
+    assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
