@@ -223,3 +223,13 @@ def test_killed_while_pruning_and_resumed(options, tmp_path):
     assert first.stat().st_mtime_ns == stamp  # not solved again
     whole, resumed = (load_model(str(tmp_path / name / "model")) for name in ("whole", "broken"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "smollm2_wikitext2", "llama7b_wikitext2"])
+def test_every_configuration_is_valid_for_fit_and_prune(name, capsys):
+    path = os.path.join(ROOT, "configs", f"{name}.yaml")
+    for command in ("fit", "prune"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--config", path, "--print_config"])
+        assert not stop.value.code
+        assert yaml.safe_load(capsys.readouterr().out)["pruning"]["method"] == "maiht"

@@ -156,6 +156,8 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The windows lie in memory: workers would only cost time.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Between Lightning and torch, and for neither of them the user's to mend.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     try:
         MAIHTCLI(args)
     except USER_ERRORS as error:

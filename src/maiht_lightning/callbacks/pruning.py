@@ -49,7 +49,7 @@ class MAIHTPruning(Callback):
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
         config: Settings of the solver, or a preset's name; the paper's by default.
         calibration: Where calibration windows come from; by default 128 from C4.
-        evaluation: What the dense and the pruned model are measured by.
+        evaluation: What the dense and the pruned model are measured by; by default perplexity on WikiText-2.
         model: Dotted path of the Hugging Face model in the LightningModule. None: it is found.
         tokenizer: Name or folder of the tokenizer. None: the LightningModule's, or the model's own.
         batch_size: Windows a calibration forward pass.
@@ -75,7 +75,7 @@ class MAIHTPruning(Callback):
         method: str = "maiht",
         config: MAIHTConfig | str = "paper",
         calibration: CalibrationSource | None = None,
-        evaluation: Evaluation | None = None,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008  (frozen)
         model: str | None = None,
         tokenizer: str | None = None,
         batch_size: int = 1,
@@ -86,7 +86,7 @@ class MAIHTPruning(Callback):
         self.config = resolve_config(config)
         check_at_least(1, batch_size=batch_size)
         self.calibration = C4Calibration() if calibration is None else calibration
-        self.evaluation = Evaluation() if evaluation is None else evaluation
+        self.evaluation = evaluation
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.report: PruningReport | None = None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LONGEST_WINDOW = 2048
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
     """What a model is measured by.
 

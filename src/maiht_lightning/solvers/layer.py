@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import magnitude, maiht, wanda
+from . import admm, magnitude, maiht, sparsegpt, wanda
 from .config import MAIHTConfig, resolve_config
 from .patterns import DEFAULT_SPARSITY, Pattern, parse_pattern
+from .precision import float32_products
 from .problem import ScaledGram, relative_error, scale_gram
 from .solution import Solution
 
@@ -41,9 +42,9 @@ METHODS: dict[str, Method] = {
     "aiht": _hard_thresholding(accelerated=True, plain=False),
     "iht": _hard_thresholding(accelerated=False, plain=True),
     "wanda": Method(lambda *_: None, lambda weight, gram, _, pattern, __: wanda.solve(weight, gram, pattern)),
-    "magnitude": Method(
-        lambda *_: None, lambda weight, _, __, pattern, ___: magnitude.solve(weight, pattern)
-    ),
+    "magnitude": Method(lambda *_: None, lambda weight, _, __, pattern, ___: magnitude.solve(weight, pattern)),
+    "sparsegpt": Method(sparsegpt.prepare, sparsegpt.solve),
+    "admm": Method(admm.prepare, admm.solve),
 }
 
 
@@ -141,7 +142,7 @@ def prune_group(
 
     start = time.perf_counter()
     # Autocast would run the products in half precision.
-    with torch.autocast(gram.device.type, enabled=False):
+    with torch.autocast(gram.device.type, enabled=False), float32_products(tf32=settings.precision == "tf32"):
         scaled = scale_gram(gram, settings.dtype)
         prepared = chosen.prepare(scaled, settings)
         results = []
@@ -153,12 +154,11 @@ def prune_group(
                     f"{method} left weights that are not finite in {weight.dtype}; solve in precision 'float64' "
                     f"or look at the layer's inputs"
                 )
-            error = relative_error(weight, pruned, scaled)
+            with float32_products(tf32=False):
+                error = relative_error(weight, pruned, scaled)
             end = time.perf_counter()
             results.append(
-                LayerResult(
-                    pruned, solution.mask, error, solution.objective, solution.accelerated, end - start
-                )
+                LayerResult(pruned, solution.mask, error, solution.objective, solution.accelerated, end - start)
             )
             start = end
     return results
@@ -170,9 +170,7 @@ def _check_inputs(weight: Tensor, gram: Tensor, pattern: Pattern) -> None:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a floating-point tensor, but found {kind}")
     if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(
-            f"weight must have shape (out, in), both at least 1, but found {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must have shape (out, in), both at least 1, but found {tuple(weight.shape)}")
     inputs = weight.shape[1]
     if tuple(gram.shape) != (inputs, inputs):
         raise ValueError(
@@ -182,7 +180,8 @@ def _check_inputs(weight: Tensor, gram: Tensor, pattern: Pattern) -> None:
     if weight.device != gram.device:
         raise ValueError(f"weight is on {weight.device} but gram on {gram.device}: move one of them")
     for name, tensor in (("weight", weight), ("gram", gram)):
-        if not bool(tensor.isfinite().all()):
+        # NaN propagates: one pass without temporaries.
+        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
             bad = int((~tensor.isfinite()).sum())
             raise ValueError(f"{name} has {bad} entries that are NaN or infinite")
     pattern.check_shape(weight.shape)

@@ -28,7 +28,7 @@ class Point:
         value: S (out, in).
         stepped: u(S) = S − α∇f(S) (out, in).
         loss: f(S), float64, (1, 1) or one a row (out, 1).
-        nonzeros: Entries of S that are not 0, shaped as `loss`.
+        nonzeros: Entries of S that thresholding has kept, shaped as `loss`.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -71,22 +71,21 @@ class HardThresholding:
         self.previous = target.clone() if accelerated else self.stepped
         if self.fast is not None:
             self.fast.stepped.copy_(target)
-        self.nonzeros = self._per_problem(torch.count_nonzero(target, dim=1))
-        self.loss = torch.zeros_like(self.nonzeros, dtype=torch.float64)
+        self.nonzeros = self._per_problem(torch.ne(target, 0, out=self.residual).sum(1))
+        self.loss = torch.zeros_like(self.nonzeros)
         self.took_fast = torch.ones_like(self.nonzeros, dtype=torch.bool)
         self.t, self.t_previous = 1.0, 0.0
 
     def _per_problem(self, rows: Tensor) -> Tensor:
-        """Sum numbers a row (out,) to one a problem: (out, 1) where rows are independent, else (1, 1)."""
-        if self.pattern.by_row and not self.pattern.group:
-            return rows[:, None]
-        return rows.sum(dtype=torch.float64 if rows.is_floating_point() else None).view(1, 1)
+        """Sum numbers a row (out,) to one a problem, float64: (out, 1) where rows are independent, else (1, 1)."""
+        rows = rows.double()
+        return rows[:, None] if self.pattern.by_row and not self.pattern.group else rows.sum().view(1, 1)
 
     def measure(self, point: Point) -> None:
         """Fill in the point's loss and gradient step: the one product with A."""
         torch.sub(point.value, self.target, out=self.residual)
         torch.addmm(self.residual, self.residual, self.correlation, beta=self.mu, out=self.gradient)
-        point.loss = self._per_problem(self.residual.mul_(self.gradient).sum(1)).double() / 2
+        point.loss = self._per_problem(self.residual.mul_(self.gradient).sum(1)) / 2
         torch.add(point.value, self.gradient, alpha=-self.step_size, out=point.stepped)
 
     def threshold(self, point: Point, stepped: Tensor, penalty: Tensor) -> None:
@@ -97,7 +96,7 @@ class HardThresholding:
             return
         tau = (2 * self.step_size * penalty).sqrt().to(stepped.dtype)
         hard_threshold_(point.value, stepped, tau, self.residual)
-        point.nonzeros = self._per_problem(torch.count_nonzero(point.value, dim=1))
+        point.nonzeros = self._per_problem(self.residual.sum(1))
 
     def step(self, penalty: Tensor) -> None:
         """One iteration at penalty λ, (1, 1) or one a row (out, 1), float64.
@@ -106,10 +105,11 @@ class HardThresholding:
         """
         candidates = []
         if self.fast is not None:
-            # Y = S + a (Z − S) + b (S − S_previous), written in gradient steps.
+            # Y = S + a (Z − S) + b (S − S_previous), written in gradient steps and as two interpolations:
+            # (1 − a) (S + b / (1 − a) (S − S_previous)) + a Z.
             a, b = self.t_previous / self.t, (self.t_previous - 1) / self.t
-            ahead = torch.lerp(self.stepped, self.fast.stepped, a, out=self.gradient)
-            ahead.add_(self.stepped, alpha=b).sub_(self.previous, alpha=b)
+            ahead = torch.lerp(self.previous, self.stepped, 1 + b / (1 - a), out=self.gradient)
+            ahead.lerp_(self.fast.stepped, a)
             self.threshold(self.fast, ahead, penalty)
             self.measure(self.fast)
             candidates.append(self.fast)
@@ -129,7 +129,8 @@ class HardThresholding:
     def current(self) -> Tensor:
         """S (out, in) after the last step."""
         first, last = self.fast or self.plain, self.plain or self.fast
-        assert first is not None and last is not None  # for the type checker
+        assert first is not None
+        assert last is not None
         return torch.where(self.took_fast, first.value, last.value)
 
 
@@ -140,7 +141,13 @@ def initial_penalty(target: Tensor, step_size: float, pattern: Pattern) -> Tenso
     """
     quantile = 0.05 if pattern.sparsity > 0.35 else 0.01 if pattern.sparsity < 0.15 else 0.03
     size = pattern.units(target).abs()
-    q = size.kthvalue(1 + int(quantile * (size.shape[1] - 1)), dim=1, keepdim=True).values
+    n = size.shape[1]
+    q = size.kthvalue(1 + int(quantile * (n - 1)), dim=1, keepdim=True).values
+    if bool((q == 0).any()):
+        # Dead features, or a weight that was pruned before: λ would stay 0. Only what is left counts then.
+        zeros = (size == 0).sum(1, keepdim=True)
+        rank = (zeros + quantile * (n - zeros - 1)).long().clamp_max(n - 1)
+        q = torch.where(q == 0, size.sort(dim=1).values.gather(1, rank), q)
     return q.double().square() / (2 * step_size)
 
 
@@ -181,9 +188,7 @@ def solve(
     )
     losses, choices = [], []
     margin = 0.015 if pattern.sparsity > 0.35 else 0.01
-    penalty = (
-        initial_penalty(target, step_size, pattern) if not pattern.group else target.new_zeros(1, 1).double()
-    )
+    penalty = initial_penalty(target, step_size, pattern) if not pattern.group else target.new_zeros(1, 1).double()
     entries = target.shape[1] if iteration.nonzeros.shape[0] > 1 else target.numel()
     for _ in range(config.iterations):
         penalty = penalty * (1 + pattern.sparsity - margin - (1 - iteration.nonzeros / entries))
@@ -208,9 +213,7 @@ def solve(
     losses.append(point.loss.sum())
 
     # A kept weight of a dead feature cannot matter: it stays what it was.
-    result = torch.where(
-        mask & (gram.norms == 0), weight.to(target.dtype), unscale_weight(sparse, exponent, gram)
-    )
+    result = torch.where(mask & (gram.norms == 0), weight.to(target.dtype), unscale_weight(sparse, exponent, gram))
     return Solution(
         result,
         mask,
@@ -222,6 +225,4 @@ def solve(
 def step_size(gram: ScaledGram, config: MAIHTConfig) -> float:
     """α = step_scale / λmax(A), with λmax(A) = λmax(C) + μ."""
     # A Gram matrix of dead features alone has λmax = 0; any step will do then.
-    return config.step_scale / max(
-        largest_eigenvalue(gram.correlation) + config.mu, torch.finfo(torch.float32).tiny
-    )
+    return config.step_scale / max(largest_eigenvalue(gram.correlation) + config.mu, torch.finfo(torch.float32).tiny)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_SPARSITY = 0.5
+MAX_GROUP = 64  # M of N:M; ranks within a group are counted in M² / 2 comparisons, as int8
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,15 @@ def parse_pattern(pattern: str, sparsity: float) -> Pattern:
         return Pattern(pattern, float(sparsity))
     match = re.fullmatch(r"([0-9]+):([0-9]+)", pattern) if isinstance(pattern, str) else None
     if match is None:
-        raise ValueError(
-            f"pattern must be 'unstructured', 'row' or 'N:M' such as '2:4', but found {pattern!r}"
-        )
+        raise ValueError(f"pattern must be 'unstructured', 'row' or 'N:M' such as '2:4', but found {pattern!r}")
     keep, group = int(match[1]), int(match[2])
     if not 1 <= keep <= group:
         raise ValueError(
             f"pattern {pattern!r} keeps N = {keep} of M = {group}: N must be at least 1 and at most M "
             f"('2:4' keeps 2 of 4)"
         )
+    if group > MAX_GROUP:
+        raise ValueError(f"pattern {pattern!r} has groups of {group}, but M must be at most {MAX_GROUP}")
     implied = 1 - keep / group
     if sparsity != DEFAULT_SPARSITY and abs(sparsity - implied) > 1e-6:
         raise ValueError(
@@ -110,8 +111,8 @@ def parse_pattern(pattern: str, sparsity: float) -> Pattern:
 def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
     """Boolean mask of the `keep` largest entries of each row of `score` (rows, n), exactly that many."""
     rows, n = score.shape
-    if keep >= n:
-        return torch.ones_like(score, dtype=torch.bool)
+    if keep in (0, n):
+        return torch.full_like(score, keep == n, dtype=torch.bool)
     # A selection, not a sort: the smallest kept value of each row.
     threshold = score.kthvalue(n - keep + 1, dim=1, keepdim=True).values
     mask = score >= threshold
@@ -124,22 +125,19 @@ def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
     return torch.zeros_like(mask).scatter_(1, order[:, :keep], True)
 
 
-def hard_threshold_(out: Tensor, value: Tensor, threshold: Tensor, scratch: Tensor) -> None:
+def hard_threshold_(out: Tensor, value: Tensor, threshold: Tensor, kept: Tensor) -> None:
     """Write H_τ(value) to `out`: entries with |v| ≥ τ stay, the others become 0.
 
     Args:
         out: (out, in), overwritten.
         value: (out, in).
         threshold: τ, one for the matrix (1, 1) or one a row (out, 1).
-        scratch: (out, in), overwritten.
+        kept: (out, in), overwritten: 1.0 where an entry stays, else 0.0. A mask of numbers, not of booleans:
+            several times faster to multiply with and to sum.
     """
-    if out.is_cpu and threshold.numel() == 1:
-        # One pass instead of three. `hardshrink` drops |v| ≤ λ, so λ is the next number below τ.
-        below = torch.nextafter(threshold, torch.zeros_like(threshold)).item()
-        torch.ops.aten.hardshrink.out(value, below, out=out)
-        return
-    torch.abs(value, out=scratch)
-    torch.mul(value, scratch >= threshold, out=out)
+    torch.abs(value, out=kept)
+    torch.ge(kept, threshold, out=kept)
+    torch.mul(value, kept, out=out)
 
 
 def keep_of_groups_(out: Tensor, value: Tensor, keep: int, group: int, scratch: Tensor) -> None:
@@ -148,13 +146,23 @@ def keep_of_groups_(out: Tensor, value: Tensor, keep: int, group: int, scratch: 
     Every entry's rank in its group is counted by comparing it with the others, which is exact also for
     equal values (the earlier input wins) and, for the small groups in use, several times faster than
     sorting millions of them.
+
+    Args:
+        out: (out, in), contiguous, overwritten.
+        value: (out, in), contiguous.
+        keep: N.
+        group: M, at most `MAX_GROUP`, which divides `in`.
+        scratch: (out, in), contiguous, overwritten.
     """
-    size = torch.abs(value, out=scratch).view(value.shape[0], -1, group).unbind(-1)
-    rank = [torch.zeros_like(s, dtype=torch.int8) for s in size]
-    for later in range(group):
+    # Member after member instead of group after group, so that comparisons run over contiguous memory.
+    grouped, by_member = value.view(-1, group).T, scratch.view(group, -1)
+    size = torch.abs(grouped, out=by_member).unbind()
+    # Ranks begin as if all later members were larger.
+    rank = torch.arange(group - 1, -1, -1, dtype=torch.int8, device=value.device)[:, None].repeat(1, len(size[0]))
+    for later in range(1, group):
         for earlier in range(later):
-            beaten = size[earlier] >= size[later]
-            rank[later] += beaten
-            rank[earlier] += ~beaten
-    mask = torch.stack([r < keep for r in rank], dim=-1).view_as(value)
-    torch.mul(value, mask, out=out)
+            beaten = (size[earlier] >= size[later]).view(torch.int8)
+            rank[later].add_(beaten)
+            rank[earlier].sub_(beaten)
+    torch.lt(rank, keep, out=by_member)
+    torch.mul(grouped, by_member, out=out.view(-1, group).T)

@@ -41,17 +41,17 @@ def scale_gram(gram: Tensor, dtype: torch.dtype = torch.float32) -> ScaledGram:
     inverse = torch.where(norms > 0, norms.reciprocal(), 0)
     # Dividing one side after the other keeps products of extreme norms from leaving the floating-point range;
     # the bounds are Cauchy-Schwarz, which rounding may break where features are nearly zero.
-    correlation = gram.to(dtype).mul(inverse).mul_(inverse[:, None]).clamp_(-1, 1)
+    correlation = (gram.to(dtype) * inverse).mul_(inverse[:, None]).clamp_(-1, 1)
     return ScaledGram(correlation, norms)
 
 
 def scale_weight(weight: Tensor, gram: ScaledGram) -> tuple[Tensor, int]:
-    """B (out, in) divided by a power of two, and its exponent.
+    """B (out, in), contiguous, divided by a power of two, and its exponent.
 
     The problem is homogeneous in B; bringing its largest entry near 1 keeps squares within float32 for weights
     and inputs of any scale, and a power of two costs no accuracy.
     """
-    scaled = weight.to(gram.norms.dtype) * gram.norms
+    scaled = weight.to(gram.norms.dtype).contiguous() * gram.norms
     exponent = int(torch.frexp(scaled.abs().max()).exponent) if scaled.numel() else 0
     return torch.ldexp(scaled, torch.tensor(-exponent, device=scaled.device)), exponent
 
@@ -77,14 +77,18 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
     diagonal = torch.zeros(steps, dtype=matrix.dtype, device=matrix.device)
     off_diagonal = torch.zeros(steps, dtype=matrix.dtype, device=matrix.device)
     basis[0] = start / start.norm()
-    tiny = torch.finfo(matrix.dtype).tiny
+    breakdown = torch.finfo(matrix.dtype).eps * (matrix @ basis[0]).norm()
     for k in range(steps):
         vector = matrix @ basis[k]
         diagonal[k] = vector @ basis[k]
         for _ in range(2):  # once is not enough when the start is already close to an eigenvector
             vector = vector - basis[: k + 1].T @ (basis[: k + 1] @ vector)
-        off_diagonal[k] = vector.norm()
-        basis[k + 1] = vector / off_diagonal[k].clamp_min(tiny)
+        norm = vector.norm()
+        # What is left after an invariant subspace is found (few distinct eigenvalues) is rounding, and would
+        # not be a unit vector either. Zeros from there on add nothing but zero eigenvalues.
+        goes_on = norm > breakdown
+        off_diagonal[k] = torch.where(goes_on, norm, 0)
+        basis[k + 1] = torch.where(goes_on, vector / norm, 0)
     tridiagonal = torch.diag(diagonal) + torch.diag(off_diagonal[:-1], 1) + torch.diag(off_diagonal[:-1], -1)
     values, vectors = torch.linalg.eigh(tridiagonal.double().cpu())
     residual = off_diagonal[-1].double().cpu() * vectors[-1, -1].abs() if steps < n else 0.0
@@ -94,9 +98,7 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
 def relative_error(weight: Tensor, pruned: Tensor, gram: ScaledGram) -> float:
     """‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖², from W0 and W (out, in); 0 when the dense output is 0."""
     dense, exponent = scale_weight(weight, gram)
-    change = torch.ldexp(
-        (pruned - weight).to(dense.dtype) * gram.norms, torch.tensor(-exponent, device=dense.device)
-    )
+    change = torch.ldexp((pruned - weight).to(dense.dtype) * gram.norms, torch.tensor(-exponent, device=dense.device))
     signal = quadratic(dense, gram.correlation)
     # Rounding may leave a tiny negative number where the Gram matrix is singular.
     noise = quadratic(change, gram.correlation).clamp_min(0)
