@@ -49,7 +49,7 @@ class Fixed:
         points = [self.target]
         for _ in range(iterations):
             self.iteration.step(self.penalty)
-            points.append(self.iteration.current().double())
+            points.append(self.iteration.current().value.double())
         return points
 
     def gradient(self, s):

@@ -32,7 +32,7 @@ class Point:
     """
 
     def __init__(self, like: Tensor) -> None:
-        self.value = torch.empty_like(like)
+        self.value = like.clone()
         self.stepped = torch.empty_like(like)
         self.loss = self.nonzeros = torch.empty(0)
 
@@ -126,12 +126,13 @@ class HardThresholding:
         torch.where(self.took_fast, first.stepped, last.stepped, out=self.stepped)
         self.t_previous, self.t = self.t, (1 + sqrt(1 + 4 * self.t**2)) / 2
 
-    def current(self) -> Tensor:
-        """S (out, in) after the last step."""
+    def current(self) -> Point:
+        """The point S after the last step; its loss and gradient step are stale. No memory is taken."""
         first, last = self.fast or self.plain, self.plain or self.fast
         assert first is not None
         assert last is not None
-        return torch.where(self.took_fast, first.value, last.value)
+        torch.where(self.took_fast, first.value, last.value, out=first.value)
+        return first
 
 
 def initial_penalty(target: Tensor, step_size: float, pattern: Pattern) -> Tensor:
@@ -195,16 +196,18 @@ def solve(
         iteration.step(penalty)
         losses.append(iteration.loss.sum())
         choices.append(iteration.took_fast.float().mean())
-    sparse = iteration.current() if config.iterations else target.clone()
+    point = iteration.current()
+    sparse = point.value
 
     # λ may have gone a little too far, so that fewer weights are left than asked for: those come back that the
-    # next gradient step would raise highest. Dead features go by magnitude.
-    mask = pattern.mask(sparse.abs(), iteration.stepped.abs(), weight.abs().to(target.dtype))
-    keep = mask.to(target.dtype)
-    sparse *= keep
-    point = iteration.fast or iteration.plain
-    assert point is not None  # for the type checker
-    point.value = sparse
+    # next gradient step would raise highest. Dead features go by magnitude. All three scores lie in buffers.
+    mask = pattern.mask(
+        torch.abs(sparse, out=iteration.residual),
+        iteration.stepped.abs_(),
+        iteration.gradient.copy_(weight).abs_(),
+    )
+    keep = iteration.stepped.copy_(mask)
+    sparse.mul_(keep)
     for _ in range(config.refine_iterations):
         iteration.measure(point)
         losses.append(point.loss.sum())
@@ -212,8 +215,10 @@ def solve(
     iteration.measure(point)
     losses.append(point.loss.sum())
 
-    # A kept weight of a dead feature cannot matter: it stays what it was.
-    result = torch.where(mask & (gram.norms == 0), weight.to(target.dtype), unscale_weight(sparse, exponent, gram))
+    result = unscale_weight(sparse, exponent, gram)
+    if bool((gram.norms == 0).any()):
+        # A kept weight of a dead feature cannot matter: it stays what it was.
+        result = torch.where(mask & (gram.norms == 0), weight.to(result.dtype), result)
     return Solution(
         result,
         mask,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,9 +13,10 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
 
     A training run often calls `torch.set_float32_matmul_precision("medium")`, which would reach the solvers.
     """
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn
+    cuda: Any = torch.backends.cuda.matmul
+    mkldnn: Any = torch.backends.mkldnn
     if hasattr(cuda, "fp32_precision"):  # since PyTorch 2.9, which objects to a mix of the two ways
-        settings = [(cuda, "tf32" if tf32 else "ieee"), (cpu.matmul, "ieee")]
+        settings = [(cuda, "tf32" if tf32 else "ieee"), (mkldnn.matmul, "ieee")]
         before = [backend.fp32_precision for backend, _ in settings]
         try:
             for backend, value in settings:

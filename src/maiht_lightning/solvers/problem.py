@@ -58,7 +58,7 @@ def scale_weight(weight: Tensor, gram: ScaledGram) -> tuple[Tensor, int]:
 
 def unscale_weight(scaled: Tensor, exponent: int, gram: ScaledGram) -> Tensor:
     """W = S · diag(d)⁻¹ (out, in); 0 for dead features."""
-    return torch.ldexp(scaled, torch.tensor(exponent, device=scaled.device)) * gram.inverse_norms
+    return torch.ldexp(scaled, torch.tensor(exponent, device=scaled.device)).mul_(gram.inverse_norms)
 
 
 def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
