@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maiht_lightning.solvers import parse_pattern
-from maiht_lightning.solvers.patterns import hard_threshold_, keep_largest, keep_of_groups_
+from maiht_lightning.solvers.patterns import count, hard_threshold_, keep_largest, keep_of_groups_, kth_largest
 
 GROUPS = ((1, 2), (2, 4), (1, 4), (4, 8), (3, 8), (3, 3), (20, 64))
 
 
 def scores(seed, rows, columns, levels):
-    """Random (rows, columns); few levels make many ties, 0 levels none."""
+    """Random (rows, columns), at least 0; few levels make many ties, 0 levels none."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, columns, generator=generator)
+    values = torch.randn(rows, columns, generator=generator).abs()
     return values if levels == 0 else torch.round(values * levels)
 
 
@@ -22,7 +22,7 @@ SCORES = st.builds(
     scores,
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 24),
-    columns=st.integers(1, 48),
+    columns=st.integers(1, 150),
     levels=st.integers(0, 3),
 )
 
@@ -72,6 +72,38 @@ def test_tiebreaks_decide_in_turn():
     assert keep_largest(score, 4, first, second).tolist() == [[True, False, True, True, False, True]]
     # A tiebreak cannot overrule the score.
     assert keep_largest(score, 2, first, second).tolist() == [[True, False, False, False, False, True]]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 200),
+    keep=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_keep_largest_is_a_stable_sort_by_all_keys(seed, rows, columns, keep, dtype):
+    keys = [scores(seed + i, rows, columns, levels).to(dtype) for i, levels in enumerate((1, 2, 0))]
+    keep = int(keep * columns)
+    mask = keep_largest(keys[0], keep, *keys[1:])
+    for row in range(rows):
+        order = sorted(range(columns), key=lambda j: tuple(-key[row, j].item() for key in keys))
+        assert set(mask[row].nonzero().flatten().tolist()) == set(order[:keep])
+
+
+@settings(max_examples=60, deadline=None)
+@given(score=SCORES, data=st.data(), dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]))
+def test_kth_largest(score, data, dtype):
+    score = (score * 10.0 ** data.draw(st.integers(-4, 4))).to(dtype)
+    rows, columns = score.shape
+    k = torch.tensor(data.draw(st.lists(st.integers(1, columns), min_size=rows, max_size=rows)))[:, None]
+    expected = score.sort(dim=1, descending=True).values.gather(1, k - 1)
+    assert torch.equal(kth_largest(score, k), expected)
+
+
+def test_counts_beyond_float32_are_exact():
+    mask = torch.ones(1, (1 << 24) + 3, dtype=torch.bool)
+    assert count(mask).item() == (1 << 24) + 3
 
 
 def test_masks_of_views_and_zero_counts():

@@ -49,7 +49,7 @@ class Fixed:
         points = [self.target]
         for _ in range(iterations):
             self.iteration.step(self.penalty)
-            points.append(self.iteration.current().value.double())
+            points.append(self.iteration.current().value.to(torch.float64, copy=True))  # the buffer is reused
         return points
 
     def gradient(self, s):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import MAIHTConfig
-from .patterns import Pattern, hard_threshold_, keep_of_groups_
+from .patterns import Pattern, count, hard_threshold_, keep_of_groups_, kth_largest
 from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weight
 from .solution import Solution
 
@@ -138,17 +138,15 @@ class HardThresholding:
 def initial_penalty(target: Tensor, step_size: float, pattern: Pattern) -> Tensor:
     """λ0 = q² / (2α), float64: the threshold that a first step from the dense weight applies is q.
 
-    q is the |B| that 95 % of the entries exceed for sparsities above 0.35, 99 % below 0.15, 97 % between.
+    q is the |B| that 95 % of the entries exceed for sparsities above 0.35, 99 % below 0.15, 97 % between. With so
+    many zeros (dead features, or a weight that was pruned before) that q would be one, so that λ would stay 0, only
+    the other entries count.
     """
     quantile = 0.05 if pattern.sparsity > 0.35 else 0.01 if pattern.sparsity < 0.15 else 0.03
     size = pattern.units(target).abs()
-    n = size.shape[1]
-    q = size.kthvalue(1 + int(quantile * (n - 1)), dim=1, keepdim=True).values
-    if bool((q == 0).any()):
-        # Dead features, or a weight that was pruned before: λ would stay 0. Only what is left counts then.
-        zeros = (size == 0).sum(1, keepdim=True)
-        rank = (zeros + quantile * (n - zeros - 1)).long().clamp_max(n - 1)
-        q = torch.where(q == 0, size.sort(dim=1).values.gather(1, rank), q)
+    reached, left = size.shape[1] - int(quantile * (size.shape[1] - 1)), count(size > 0).double()
+    reached_of_left = (left - (quantile * (left - 1)).floor()).clamp_min(1)
+    q = kth_largest(size, torch.where(left >= reached, reached, reached_of_left))
     return q.double().square() / (2 * step_size)
 
 

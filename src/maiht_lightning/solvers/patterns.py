@@ -61,7 +61,7 @@ class Pattern:
         """The entries to keep: those with the largest score in their unit, an exact number of them.
 
         Args:
-            score: (out, in), finite.
+            score: (out, in), finite and at least 0.
             tiebreaks: Further scores of the same shape that decide among equal ones, first to last; what is
                 still equal then is decided by position.
 
@@ -109,20 +109,76 @@ def parse_pattern(pattern: str, sparsity: float) -> Pattern:
 
 
 def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
-    """Boolean mask of the `keep` largest entries of each row of `score` (rows, n), exactly that many."""
+    """The `keep` largest entries of each row of `score`, exactly that many; nothing is sorted but short rows.
+
+    Args:
+        score: (rows, n), at least 0 and finite.
+        keep: Entries to keep in each row.
+        tiebreaks: Further scores of the same shape and kind that decide among equal ones, first to last; what is
+            still equal then is decided by position, first to last.
+
+    Returns:
+        Boolean (rows, n).
+    """
+    if score.shape[1] <= MAX_GROUP:
+        return _keep_largest_of_short_rows(score, keep, tiebreaks)
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    open_ = torch.ones_like(kept)  # what is equal in all keys so far, and of which some more are to be kept
+    missing = torch.full((score.shape[0], 1), keep, device=score.device)
+    for key in (score, *tiebreaks):
+        key = torch.where(open_, key, -1)  # noqa: PLW2901
+        threshold = kth_largest(key, missing)
+        larger, open_ = key > threshold, key == threshold
+        kept |= larger
+        missing = missing - count(larger)
+        if torch.equal(count(open_), missing):
+            return kept.logical_or_(open_)
+    return kept.logical_or_(open_ & (open_.cumsum(1) <= missing))
+
+
+def _keep_largest_of_short_rows(score: Tensor, keep: int, tiebreaks: tuple[Tensor, ...]) -> Tensor:
     rows, n = score.shape
     if keep in (0, n):
         return torch.full_like(score, keep == n, dtype=torch.bool)
-    # A selection, not a sort: the smallest kept value of each row.
-    threshold = score.kthvalue(n - keep + 1, dim=1, keepdim=True).values
-    mask = score >= threshold
+    mask = score >= score.kthvalue(n - keep + 1, dim=1, keepdim=True).values
     if int(mask.count_nonzero()) == rows * keep:
         return mask
-    # Equal values straddle the threshold (dead features, duplicated weights): order them all, last key first.
     order = torch.arange(n, device=score.device).expand(rows, n)
     for key in (*reversed(tiebreaks), score):
         order = order.gather(1, key.gather(1, order).argsort(dim=1, descending=True, stable=True))
     return torch.zeros_like(mask).scatter_(1, order[:, :keep], True)
+
+
+def kth_largest(score: Tensor, k: Tensor) -> Tensor:
+    """The k-th largest entry of each row of `score`, by bisection.
+
+    Floating-point numbers from 0 on are ordered as their bits are, so the value is found bit by bit: the largest
+    number that at least k entries reach. A few passes over memory, on a GPU by all processors together, where a
+    selection by `kthvalue` gives a row to one of them.
+
+    Args:
+        score: (rows, n); entries below 0 do not count.
+        k: (rows, 1), whole numbers. NaN comes back where k is 0.
+
+    Returns:
+        (rows, 1).
+    """
+    bits = 8 * score.element_size() - 1
+    integers = {15: torch.int16, 31: torch.int32, 63: torch.int64}[bits]
+    found = torch.zeros_like(k, dtype=integers)
+    reached = torch.empty_like(score)
+    for bit in reversed(range(bits)):
+        candidate = found | 1 << bit
+        torch.ge(score, candidate.view(score.dtype), out=reached)
+        found = torch.where(count(reached) >= k, candidate, found)
+    return found.view(score.dtype)
+
+
+def count(mask: Tensor) -> Tensor:
+    """Ones in each row of a mask (rows, n) of booleans or numbers: int64 (rows, 1)."""
+    # Float32 sums are far faster than others, and exact up to 2²⁴.
+    parts = mask.split(1 << 24, dim=1)
+    return torch.stack([part.sum(1, keepdim=True, dtype=torch.float32).long() for part in parts]).sum(0)
 
 
 def hard_threshold_(out: Tensor, value: Tensor, threshold: Tensor, kept: Tensor) -> None:

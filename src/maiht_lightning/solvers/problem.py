@@ -52,13 +52,14 @@ def scale_weight(weight: Tensor, gram: ScaledGram) -> tuple[Tensor, int]:
     and inputs of any scale, and a power of two costs no accuracy.
     """
     scaled = weight.to(gram.norms.dtype).contiguous() * gram.norms
-    exponent = int(torch.frexp(scaled.abs().max()).exponent) if scaled.numel() else 0
-    return torch.ldexp(scaled, torch.tensor(-exponent, device=scaled.device)), exponent
+    # Within these bounds the power and its inverse are normal numbers in float32.
+    exponent = max(-100, min(100, int(torch.frexp(scaled.abs().max()).exponent)))
+    return scaled.mul_(2.0**-exponent), exponent
 
 
 def unscale_weight(scaled: Tensor, exponent: int, gram: ScaledGram) -> Tensor:
     """W = S · diag(d)⁻¹ (out, in); 0 for dead features."""
-    return torch.ldexp(scaled, torch.tensor(exponent, device=scaled.device)).mul_(gram.inverse_norms)
+    return (scaled * 2.0**exponent).mul_(gram.inverse_norms)
 
 
 def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
@@ -98,7 +99,7 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
 def relative_error(weight: Tensor, pruned: Tensor, gram: ScaledGram) -> float:
     """‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖², from W0 and W (out, in); 0 when the dense output is 0."""
     dense, exponent = scale_weight(weight, gram)
-    change = torch.ldexp((pruned - weight).to(dense.dtype) * gram.norms, torch.tensor(-exponent, device=dense.device))
+    change = ((pruned - weight).to(dense.dtype) * gram.norms).mul_(2.0**-exponent)
     signal = quadratic(dense, gram.correlation)
     # Rounding may leave a tiny negative number where the Gram matrix is singular.
     noise = quadratic(change, gram.correlation).clamp_min(0)
