@@ -12,9 +12,9 @@ GROUPS = ((1, 2), (2, 4), (1, 4), (4, 8), (3, 8), (3, 3), (20, 64))
 
 
 def scores(seed, rows, columns, levels):
-    """Random (rows, columns), at least 0; few levels make many ties, 0 levels none."""
+    """Random (rows, columns); few levels make many ties, 0 levels none."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, columns, generator=generator).abs()
+    values = torch.randn(rows, columns, generator=generator)
     return values if levels == 0 else torch.round(values * levels)
 
 

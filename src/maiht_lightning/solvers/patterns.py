@@ -61,7 +61,7 @@ class Pattern:
         """The entries to keep: those with the largest score in their unit, an exact number of them.
 
         Args:
-            score: (out, in), finite and at least 0.
+            score: (out, in), finite.
             tiebreaks: Further scores of the same shape that decide among equal ones, first to last; what is
                 still equal then is decided by position.
 
@@ -112,7 +112,7 @@ def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
     """The `keep` largest entries of each row of `score`, exactly that many; nothing is sorted but short rows.
 
     Args:
-        score: (rows, n), at least 0 and finite.
+        score: (rows, n), finite.
         keep: Entries to keep in each row.
         tiebreaks: Further scores of the same shape and kind that decide among equal ones, first to last; what is
             still equal then is decided by position, first to last.
@@ -126,7 +126,7 @@ def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
     open_ = torch.ones_like(kept)  # what is equal in all keys so far, and of which some more are to be kept
     missing = torch.full((score.shape[0], 1), keep, device=score.device)
     for key in (score, *tiebreaks):
-        key = torch.where(open_, key, -1)  # noqa: PLW2901
+        key = torch.where(open_, key, -torch.inf)  # noqa: PLW2901
         threshold = kth_largest(key, missing)
         larger, open_ = key > threshold, key == threshold
         kept |= larger
@@ -152,26 +152,31 @@ def _keep_largest_of_short_rows(score: Tensor, keep: int, tiebreaks: tuple[Tenso
 def kth_largest(score: Tensor, k: Tensor) -> Tensor:
     """The k-th largest entry of each row of `score`, by bisection.
 
-    Floating-point numbers from 0 on are ordered as their bits are, so the value is found bit by bit: the largest
-    number that at least k entries reach. A few passes over memory, on a GPU by all processors together, where a
-    selection by `kthvalue` gives a row to one of them.
+    Floating-point numbers are ordered as the integers of their bits are, negative ones in reverse, so the value is
+    found bit by bit: the largest number that at least k entries reach. A few passes over memory, on a GPU by all
+    processors together, where a selection by `kthvalue` gives a row to one of them.
 
     Args:
-        score: (rows, n); entries below 0 do not count.
+        score: (rows, n); entries of −inf do not count.
         k: (rows, 1), whole numbers. NaN comes back where k is 0.
 
     Returns:
         (rows, 1).
     """
     bits = 8 * score.element_size() - 1
-    integers = {15: torch.int16, 31: torch.int32, 63: torch.int64}[bits]
-    found = torch.zeros_like(k, dtype=integers)
+    kind = {15: torch.int16, 31: torch.int32, 63: torch.int64}[bits]
+    low, high = torch.iinfo(kind).min, torch.iinfo(kind).max
+
+    def number(ordered: Tensor) -> Tensor:
+        return torch.where(ordered < 0, ordered ^ high, ordered).view(score.dtype)
+
+    found = torch.where(count(score >= 0) >= k, 0, low).to(kind)
     reached = torch.empty_like(score)
     for bit in reversed(range(bits)):
         candidate = found | 1 << bit
-        torch.ge(score, candidate.view(score.dtype), out=reached)
+        torch.ge(score, number(candidate), out=reached)
         found = torch.where(count(reached) >= k, candidate, found)
-    return found.view(score.dtype)
+    return number(found)
 
 
 def count(mask: Tensor) -> Tensor:
