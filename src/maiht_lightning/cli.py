@@ -86,9 +86,7 @@ class RunConfig(SaveConfigCallback):
                 config[key] = None
         for settings in logger_settings(config):
             settings.save_dir = "."
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "config.yaml"
+        path = Path(trainer.default_root_dir) / "config.yaml"
         self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=False, skip_validation=True)
         log_settings(trainer.loggers, yaml.safe_load(path.read_text()))
 
@@ -148,7 +146,13 @@ class MAIHTCLI(LightningCLI):
         config.output_dir = config.trainer.default_root_dir = config.pruning.output_dir = folder
         for settings in logger_settings(config):
             if settings.save_dir in (None, "."):
-                settings.save_dir = folder
+                # Absolute, since W&B's own process may have been started in another folder.
+                settings.save_dir = str(Path(folder).absolute())
+
+    def after_instantiate_classes(self) -> None:
+        """Make the run's folder, now that the settings are known to be right."""
+        # Where it is missing, W&B may write to the system's temporary folder instead.
+        Path(self.trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
 
 
 def main(args: list[str] | None = None) -> None:
