@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from maiht_lightning.solvers import METHODS, MAIHTConfig, layer, parse_pattern, prune_group, prune_layer
 from maiht_lightning.solvers.precision import float32_products
-from test_solvers_reference import FLOAT64, make_problem, one_thread  # noqa: F401
+from test_solvers_reference import FLOAT64, make_problem
 
 ITERATIVE = ("maiht", "aiht", "iht")
 PATTERNS = ("unstructured", "row", "2:4")

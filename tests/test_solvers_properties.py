@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from maiht_lightning.solvers import MAIHTConfig, parse_pattern, prune_layer
 from maiht_lightning.solvers.maiht import HardThresholding, initial_penalty, step_size
 from maiht_lightning.solvers.problem import largest_eigenvalue, scale_gram, scale_weight
-from test_solvers_reference import FLOAT64, make_problem, one_thread  # noqa: F401
+from test_solvers_reference import FLOAT64, make_problem
 
 ITERATIVE = ("maiht", "aiht", "iht")
 PATTERNS = (("unstructured", 0.5), ("unstructured", 0.7), ("row", 0.6), ("2:4", 0.5), ("4:8", 0.5))

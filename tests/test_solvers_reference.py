@@ -10,15 +10,6 @@ from maiht_lightning.solvers import MAIHTConfig, prune_group, prune_layer
 FLOAT64 = MAIHTConfig(precision="float64")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small products are fastest on one thread, by far where the machine has other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_problem(seed, out, inputs, tokens=None, spread=1.0):
     """A random weight (out, in) and Gram matrix (in, in) of correlated features of unequal norms, float64."""
     generator = torch.Generator().manual_seed(seed)

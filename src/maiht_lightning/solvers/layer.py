@@ -96,7 +96,7 @@ def prune_layer(
         sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) zeros a layer for
             `unstructured`, floor(sparsity · in) a row for `row`; fixed by the pattern for `N:M`.
         pattern: `unstructured`, `row`, or `N:M`: N kept of every M consecutive inputs.
-        method: `maiht`, `aiht`, `iht`, `wanda` or `magnitude`.
+        method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
         config: Settings of the solver, or the name of a preset; the paper's by default.
 
     Returns:

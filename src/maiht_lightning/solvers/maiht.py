@@ -176,6 +176,7 @@ def solve(
         the final support on after each refining step.
     """
     target, exponent = scale_weight(weight, gram)
+    penalty = initial_penalty(target, step_size, pattern) if not pattern.group else target.new_zeros(1, 1).double()
     iteration = HardThresholding(
         target,
         gram.correlation,
@@ -187,7 +188,6 @@ def solve(
     )
     losses, choices = [], []
     margin = 0.015 if pattern.sparsity > 0.35 else 0.01
-    penalty = initial_penalty(target, step_size, pattern) if not pattern.group else target.new_zeros(1, 1).double()
     entries = target.shape[1] if iteration.nonzeros.shape[0] > 1 else target.numel()
     for _ in range(config.iterations):
         penalty = penalty * (1 + pattern.sparsity - margin - (1 - iteration.nonzeros / entries))
@@ -196,6 +196,8 @@ def solve(
         choices.append(iteration.took_fast.float().mean())
     point = iteration.current()
     sparse = point.value
+    # The memory of the other candidate and of the point before is free for the selection.
+    iteration.plain, iteration.previous = iteration.fast, iteration.stepped
 
     # λ may have gone a little too far, so that fewer weights are left than asked for: those come back that the
     # next gradient step would raise highest. Dead features go by magnitude. All three scores lie in buffers.

@@ -126,7 +126,8 @@ def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
     open_ = torch.ones_like(kept)  # what is equal in all keys so far, and of which some more are to be kept
     missing = torch.full((score.shape[0], 1), keep, device=score.device)
     for key in (score, *tiebreaks):
-        key = torch.where(open_, key, -torch.inf)  # noqa: PLW2901
+        if key is not score:
+            key = torch.where(open_, key, -torch.inf)  # noqa: PLW2901
         threshold = kth_largest(key, missing)
         larger, open_ = key > threshold, key == threshold
         kept |= larger
