@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from maiht_lightning.solvers import MAIHTConfig, admm, parse_pattern, prune_group, prune_layer, sparsegpt
+from maiht_lightning.solvers import LayerSolver, MAIHTConfig, admm, parse_pattern, prune_layer, sparsegpt
 from maiht_lightning.solvers.problem import scale_gram
 
 PATTERNS = [("unstructured", 0.5), ("unstructured", 0.7), ("row", 0.3), ("2:4", 0.5), ("1:3", 2 / 3)]
@@ -149,8 +149,10 @@ def test_admm_is_the_plain_loop(pattern, sparsity):
                 mask.scatter_(1, score.argsort(1)[:, : int(now * target.shape[1])], 0)
             else:
                 keep, group = map(int, pattern.split(":"))
-                order = score.view(-1, group).argsort(1)[:, : group - keep]
-                mask.view(-1, group).scatter_(1, order, 0)
+                allowed = torch.zeros_like(mask, dtype=torch.bool)
+                allowed.view(-1, group).scatter_(1, score.view(-1, group).argsort(1)[:, : group - keep], True)
+                score[~allowed] = torch.inf
+                mask.view(-1)[score.view(-1).argsort()[: int(now * target.numel() + 1e-9)]] = 0
         z = (s + u) * mask
         u = u + s - z
         s = torch.linalg.solve(a + torch.eye(len(a), dtype=a.dtype), (target @ a + z - u).T).T
@@ -234,7 +236,8 @@ def test_the_factorisation_is_shared_and_inputs_stay(method):
     weight, gram = layer(dtype=torch.float32)
     other = layer(out=3, seed=5, dtype=torch.float32)[0]
     before = weight.clone(), other.clone(), gram.clone()
-    together = prune_group([weight, other], gram, method=method)
+    shared = LayerSolver(gram, method=method)
+    together = [shared.prune(weight), shared.prune(other)]
     for alone, result in zip((weight, other), together, strict=True):
         assert torch.equal(result.weight, prune_layer(alone, gram, method=method).weight)
     assert all(map(torch.equal, (weight, other, gram), before))

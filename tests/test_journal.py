@@ -35,19 +35,19 @@ def make(tiny_llama):
 
 @pytest.fixture
 def solved(monkeypatch):
-    """Counts the layers solved; `solved.fail_at = n` makes the n-th group raise."""
+    """Counts the groups solved; `solved.fail_at = n` makes the n-th raise."""
 
     class Count:
         groups, fail_at = 0, None
 
-    def solve(weights, gram, **settings):
+    def solve(gram, **settings):
         Count.groups += 1
         if Count.groups == Count.fail_at:
             raise ValueError("out of luck")
-        return original(weights, gram, **settings)
+        return original(gram, **settings)
 
-    original = pruner.prune_group
-    monkeypatch.setattr(pruner, "prune_group", solve)
+    original = pruner.LayerSolver
+    monkeypatch.setattr(pruner, "LayerSolver", solve)
     return Count
 
 

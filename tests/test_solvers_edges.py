@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maiht_lightning.solvers import METHODS, MAIHTConfig, layer, parse_pattern, prune_group, prune_layer
+from maiht_lightning.solvers import METHODS, LayerSolver, MAIHTConfig, layer, parse_pattern, prune_layer
 from maiht_lightning.solvers.precision import float32_products
 from test_solvers_reference import FLOAT64, make_problem
 
@@ -315,9 +315,11 @@ def test_bad_settings(setting, value):
         replace(FLOAT64, **{setting: value})
 
 
-def test_a_bad_layer_of_a_group_fails_before_any_is_solved():
+def test_a_bad_layer_does_not_spoil_the_others_of_its_group():
+    solver = LayerSolver(torch.eye(8))
     with pytest.raises(ValueError, match="gram must have shape"):
-        prune_group([torch.eye(8), torch.eye(4)], torch.eye(8))
+        solver.prune(torch.eye(4))
+    assert torch.equal(solver.prune(torch.eye(8)).weight, prune_layer(torch.eye(8), torch.eye(8)).weight)
 
 
 def test_examples_in_docstrings():

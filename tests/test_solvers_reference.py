@@ -5,7 +5,7 @@ from math import floor, sqrt
 import pytest
 import torch
 
-from maiht_lightning.solvers import MAIHTConfig, prune_group, prune_layer
+from maiht_lightning.solvers import LayerSolver, MAIHTConfig, prune_layer
 
 FLOAT64 = MAIHTConfig(precision="float64")
 
@@ -153,8 +153,9 @@ def test_relative_error_is_that_of_the_outputs():
 def test_a_group_is_solved_as_its_layers_are():
     gram = make_problem(7, 1, 24)[1]
     weights = [make_problem(8 + i, out, 24)[0] for i, out in enumerate((12, 4, 4))]
-    for weight, result in zip(weights, prune_group(weights, gram), strict=True):
-        alone = prune_layer(weight, gram)
+    shared = LayerSolver(gram)
+    for weight in weights:
+        result, alone = shared.prune(weight), prune_layer(weight, gram)
         assert torch.equal(alone.weight, result.weight)
         assert alone.objective == result.objective
 

@@ -27,7 +27,7 @@ from .capture import (
     write_weight,
 )
 from .journal import Journal, LayerRecord, fingerprint
-from .solvers import LayerResult, MAIHTConfig, check_method, parse_pattern, prune_group, resolve_config
+from .solvers import LayerResult, LayerSolver, MAIHTConfig, check_method, parse_pattern, resolve_config
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,8 @@ def prune(
             path, weight = f"{blocks.path}.{i}.{name}", weight_of(linear)
             if not weight.is_floating_point():
                 raise TypeError(f"{path} has weights of {weight.dtype}: load the model in a floating-point dtype")
+            if not all(extreme.isfinite() for extreme in weight.aminmax()):
+                raise ValueError(f"{path} has weights that are NaN or infinite: did training diverge?")
             structure.check_shape(weight.shape, path)
     check_windows(windows, model)
 
@@ -198,18 +200,21 @@ def _solve(
     linears, results = find_linears(block), {}
     while groups:
         group = groups.pop(0)
-        members = ", ".join(f"{prefix}.{name}" for name in group.names)
+        # What fails before the first layer of a group is begun concerns their common inputs, so all of them.
+        concerned = group.names
         bar.set_postfix_str(f"{label}, {', '.join(group.names)}")
         try:
-            solved = prune_group([weight_of(linears[name]) for name in group.names], group.gram, **solver)
+            shared = LayerSolver(group.gram, **solver)
+            for name in group.names:
+                concerned = [name]
+                results[name] = result = shared.prune(weight_of(linears[name]))
+                bar.set_postfix_str(f"{label}, {name}, error {result.relative_error:.4f}")
+                bar.update()
         except (ValueError, ArithmeticError, RuntimeError) as error:
             raise PruningError(
-                f"{members} could not be pruned: {error}. This block and later ones are unchanged."
+                f"{', '.join(f'{prefix}.{name}' for name in concerned)} could not be pruned: {error}. "
+                f"This block and later ones are unchanged."
             ) from error
-        for name, result in zip(group.names, solved, strict=True):
-            results[name] = result
-            bar.set_postfix_str(f"{label}, {name}, error {result.relative_error:.4f}")
-            bar.update()
     return results
 
 

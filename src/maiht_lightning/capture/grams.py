@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..solvers.precision import float32_products
 from .blocks import find_linears, weight_of
 from .replay import Batch, run_block
 
@@ -98,7 +99,8 @@ class _Collector:
         elif self.group_of[name].names[0] != name:
             return
         gram = self.group_of[name].gram
-        with torch.autocast(gram.device.type, enabled=False):
+        # Whatever precision the training run has set for its own products.
+        with torch.autocast(gram.device.type, enabled=False), float32_products(tf32=False):
             tokens = inputs.reshape(-1, inputs.shape[-1]).to(gram.dtype)
             gram.addmm_(tokens.T, tokens)
 

@@ -6,9 +6,12 @@ Background: Boža, *Fast and Effective Weight Update for Pruned Large Language M
     Z = (S + U) ∘ mask,   U ← U + S − Z,   S = (A + ρI)⁻¹ (A B + ρ (Z − U))
 
 In the first steps the mask keeps the largest |S + U| at a sparsity that grows as s − s(1 − i/15)³; then it is
-frozen. The result is the last Z.
+frozen. For N:M patterns the entries outside the N largest of their group go in the same gradual way, smallest first
+over the whole layer. The result is the last Z.
 
-What differs: nothing but exact counts. N:M patterns keep N of M from the first step on.
+What differs: exact counts; and the authors' program (github.com/fmfi-compbio/admm-pruning) grows the sparsity so for
+`row` and N:M alone, while for `unstructured` it asks for all of it from the first step on, without the paper's
+schedule.
 """
 
 from dataclasses import replace
@@ -84,9 +87,14 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
         proposal = current + dual
         if step < MASK_STEPS:
             growing = pattern.sparsity * (1 - (1 - (step + 1) / MASK_STEPS) ** 3)
-            now = pattern if pattern.group else replace(pattern, sparsity=growing)
             # Dead features, all equal here, go by magnitude.
-            mask = now.mask(proposal.abs(), size)
+            if not pattern.group:
+                mask = replace(pattern, sparsity=growing).mask(proposal.abs(), size)
+            else:
+                mask = pattern.mask(proposal.abs(), size)
+                if step + 1 < MASK_STEPS:
+                    score = proposal.abs().masked_fill_(mask, torch.inf)
+                    mask = Pattern("unstructured", growing).mask(score, size)
         sparse = proposal * mask
         dual = proposal - sparse
         current = (pull + RHO * (sparse - dual)) @ prepared.inverse

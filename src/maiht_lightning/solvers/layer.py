@@ -1,7 +1,8 @@
 """`prune_layer`: every method behind one function."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -117,71 +118,97 @@ def prune_layer(
         >>> int((result.weight == 0).sum())
         256
     """
-    return prune_group([weight], gram, sparsity=sparsity, pattern=pattern, method=method, config=config)[0]
+    solver = LayerSolver(gram, sparsity=sparsity, pattern=pattern, method=method, config=config)
+    return solver.prune(weight)
 
 
-@torch.no_grad()
-def prune_group(
-    weights: Sequence[Tensor],
-    gram: Tensor,
-    *,
-    sparsity: float = DEFAULT_SPARSITY,
-    pattern: str = "unstructured",
-    method: str = "maiht",
-    config: MAIHTConfig | str | None = None,
-) -> list[LayerResult]:
-    """Prune several layers that see the same inputs, such as q, k and v: as `prune_layer` for each of them.
+class LayerSolver:
+    """Prunes layers that see the same inputs, such as q, k and v: what only the Gram matrix decides is computed once.
 
-    The scaling and the largest eigenvalue of the Gram matrix are computed once.
+    Args:
+        gram: As for `prune_layer`, which prunes one layer; so are the others.
+        sparsity: Fraction of zeros.
+        pattern: Sparsity pattern.
+        method: Pruning method.
+        config: Settings of the solver, or the name of a preset.
+
+    Raises:
+        TypeError, ValueError: As `prune_layer`, what concerns the Gram matrix and the settings.
+        FloatingPointError: The method cannot factorise the Gram matrix.
     """
-    settings = resolve_config(config)
-    chosen = METHODS[check_method(method)]
-    structure = parse_pattern(pattern, sparsity)
-    for weight in weights:
-        _check_inputs(weight, gram, structure)
 
-    start = time.perf_counter()
-    # Autocast would run the products in half precision.
-    with torch.autocast(gram.device.type, enabled=False), float32_products(tf32=settings.precision == "tf32"):
-        scaled = scale_gram(gram, settings.dtype)
-        prepared = chosen.prepare(scaled, settings)
-        results = []
-        for weight in weights:
-            solution = chosen.solve(weight, scaled, prepared, structure, settings)
+    @torch.no_grad()
+    def __init__(
+        self,
+        gram: Tensor,
+        *,
+        sparsity: float = DEFAULT_SPARSITY,
+        pattern: str = "unstructured",
+        method: str = "maiht",
+        config: MAIHTConfig | str | None = None,
+    ) -> None:
+        self.settings, self.method = resolve_config(config), check_method(method)
+        self.pattern = parse_pattern(pattern, sparsity)
+        _check_finite("gram", gram)
+        if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.numel() == 0:
+            raise ValueError(f"gram must have shape (in, in), at least (1, 1), but found {tuple(gram.shape)}")
+        self._seconds = -time.perf_counter()
+        with self._products(gram):
+            self.gram = scale_gram(gram, self.settings.dtype)
+            self.prepared = METHODS[method].prepare(self.gram, self.settings)
+        self._seconds += time.perf_counter()
+
+    @torch.no_grad()
+    def prune(self, weight: Tensor) -> LayerResult:
+        """Prune one layer; arguments, results and errors as for `prune_layer`.
+
+        The first result's `seconds` holds the time spent on the Gram matrix, too.
+        """
+        start = time.perf_counter()
+        self._check(weight)
+        with self._products(weight):
+            solution = METHODS[self.method].solve(weight, self.gram, self.prepared, self.pattern, self.settings)
             pruned = solution.weight.to(weight.dtype)
             if not bool(pruned.isfinite().all()):
                 raise FloatingPointError(
-                    f"{method} left weights that are not finite in {weight.dtype}; solve in precision 'float64' "
+                    f"{self.method} left weights that are not finite in {weight.dtype}; solve in precision 'float64' "
                     f"or look at the layer's inputs"
                 )
             with float32_products(tf32=False):
-                error = relative_error(weight, pruned, scaled)
-            end = time.perf_counter()
-            results.append(
-                LayerResult(pruned, solution.mask, error, solution.objective, solution.accelerated, end - start)
+                error = relative_error(weight, pruned, self.gram)
+        seconds, self._seconds = self._seconds + time.perf_counter() - start, 0.0
+        return LayerResult(pruned, solution.mask, error, solution.objective, solution.accelerated, seconds)
+
+    @contextmanager
+    def _products(self, tensor: Tensor) -> Iterator[None]:
+        # Autocast would run the products in half precision.
+        with (
+            torch.autocast(tensor.device.type, enabled=False),
+            float32_products(tf32=self.settings.precision == "tf32"),
+        ):
+            yield
+
+    def _check(self, weight: Tensor) -> None:
+        if isinstance(weight, Tensor) and (weight.ndim != 2 or weight.numel() == 0):
+            raise ValueError(f"weight must have shape (out, in), both at least 1, but found {tuple(weight.shape)}")
+        norms = self.gram.norms
+        if isinstance(weight, Tensor) and weight.device != norms.device:
+            raise ValueError(f"weight is on {weight.device} but gram on {norms.device}: move one of them")
+        _check_finite("weight", weight)
+        if len(norms) != weight.shape[1]:
+            inputs = weight.shape[1]
+            raise ValueError(
+                f"gram must have shape (in, in) = ({inputs}, {inputs}) for a weight of shape {tuple(weight.shape)}, "
+                f"but found ({len(norms)}, {len(norms)})"
             )
-            start = end
-    return results
+        self.pattern.check_shape(weight.shape)
 
 
-def _check_inputs(weight: Tensor, gram: Tensor, pattern: Pattern) -> None:
-    for name, tensor in (("weight", weight), ("gram", gram)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, but found {kind}")
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"weight must have shape (out, in), both at least 1, but found {tuple(weight.shape)}")
-    inputs = weight.shape[1]
-    if tuple(gram.shape) != (inputs, inputs):
-        raise ValueError(
-            f"gram must have shape (in, in) = ({inputs}, {inputs}) for a weight of shape {tuple(weight.shape)}, "
-            f"but found {tuple(gram.shape)}"
-        )
-    if weight.device != gram.device:
-        raise ValueError(f"weight is on {weight.device} but gram on {gram.device}: move one of them")
-    for name, tensor in (("weight", weight), ("gram", gram)):
-        # NaN propagates: one pass without temporaries.
-        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
-            bad = int((~tensor.isfinite()).sum())
-            raise ValueError(f"{name} has {bad} entries that are NaN or infinite")
-    pattern.check_shape(weight.shape)
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, but found {kind}")
+    # NaN propagates: one pass without temporaries.
+    if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        bad = int((~tensor.isfinite()).sum())
+        raise ValueError(f"{name} has {bad} entries that are NaN or infinite")
