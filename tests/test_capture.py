@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maiht_lightning.capture import (
     accumulate_grams,
@@ -300,6 +301,27 @@ def test_gram_matrices_stay_float32(llama, windows):
     finally:
         torch.set_default_dtype(torch.float32)
     check_grams(half, find_blocks(half), 0, groups, windows)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs PyTorch 2.9")
+def test_gram_matrices_are_exact_whatever_the_training_allows(llama, windows):
+    blocks, seen = find_blocks(llama).modules, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.addmm_.default:
+                seen.append(torch.backends.cuda.matmul.fp32_precision)
+            return function(*args, **(kwargs or {}))
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        batches = record_inputs(llama, blocks, windows, 2)
+        with Watch():
+            groups = accumulate_grams(blocks[0], batches, 0)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["ieee"] * len(groups) * len(batches)
 
 
 def test_a_written_weight_counts_under_autocast(llama):

@@ -90,7 +90,7 @@ def nonzero_before_top_k(weight, scaled, pattern):
 
     class Spy(maiht.HardThresholding):
         def current(self):
-            seen.append(super().current().value != 0)
+            seen.append(super().current() != 0)
             return super().current()
 
     with pytest.MonkeyPatch.context() as patch:

@@ -29,7 +29,7 @@ class Fixed:
 
     def __init__(self, weight, gram, name, sparsity=0.5, *, dtype=torch.float64, mu=0.1, **candidates):
         scaled = scale_gram(gram, dtype)
-        target, _ = scale_weight(weight, scaled)
+        target, _ = scale_weight(weight, scaled.norms)
         self.pattern = parse_pattern(name, sparsity)
         self.step = step_size(scaled, MAIHTConfig(mu=mu))
         self.iteration = HardThresholding(
@@ -49,7 +49,7 @@ class Fixed:
         points = [self.target]
         for _ in range(iterations):
             self.iteration.step(self.penalty)
-            points.append(self.iteration.current().value.to(torch.float64, copy=True))  # the buffer is reused
+            points.append(self.iteration.current().to(torch.float64, copy=True))  # the buffer is reused
         return points
 
     def gradient(self, s):

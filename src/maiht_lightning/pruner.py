@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .capture import (
+    DecoderBlocks,
     InputGroup,
     accumulate_grams,
     advance,
@@ -27,7 +28,7 @@ from .capture import (
     write_weight,
 )
 from .journal import Journal, LayerRecord, fingerprint
-from .solvers import LayerResult, LayerSolver, MAIHTConfig, check_method, parse_pattern, resolve_config
+from .solvers import LayerResult, LayerSolver, MAIHTConfig, Pattern, check_method, parse_pattern, resolve_config
 
 log = logging.getLogger(__name__)
 
@@ -111,20 +112,15 @@ def prune(
     structure, settings = parse_pattern(pattern, sparsity), resolve_config(config)
     blocks = find_blocks(model)
     names = [[f"{blocks.path}.{i}.{n}" for n in find_linears(block)] for i, block in enumerate(blocks.modules)]
-    for i, block in enumerate(blocks.modules):
-        for name, linear in find_linears(block).items():
-            path, weight = f"{blocks.path}.{i}.{name}", weight_of(linear)
-            if not weight.is_floating_point():
-                raise TypeError(f"{path} has weights of {weight.dtype}: load the model in a floating-point dtype")
-            if not all(extreme.isfinite() for extreme in weight.aminmax()):
-                raise ValueError(f"{path} has weights that are NaN or infinite: did training diverge?")
-            structure.check_shape(weight.shape, path)
+    _check_weights(blocks, structure)
     check_windows(windows, model)
 
     solver: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "method": method}
     journal = None
     if journal_dir is not None:
-        journal = Journal(journal_dir, {**solver, "config": asdict(settings), **fingerprint(model, windows)})
+        # A budget changes nothing but rounding: after running out of memory, a smaller one may go on.
+        lasting = asdict(replace(settings, memory_budget=None))
+        journal = Journal(journal_dir, {**solver, "config": lasting, **fingerprint(model, windows)})
         if journal.moved_to is not None:
             log.warning("The journal in %s was of another pruning; moved to %s", journal.folder, journal.moved_to)
 
@@ -165,6 +161,17 @@ def prune(
                 advance(block, batches, index)
                 report.capture_seconds += time.perf_counter() - start
     return report
+
+
+def _check_weights(blocks: DecoderBlocks, pattern: Pattern) -> None:
+    for i, block in enumerate(blocks.modules):
+        for name, linear in find_linears(block).items():
+            path, weight = f"{blocks.path}.{i}.{name}", weight_of(linear)
+            if not weight.is_floating_point():
+                raise TypeError(f"{path} has weights of {weight.dtype}: load the model in a floating-point dtype")
+            if not all(extreme.isfinite() for extreme in weight.aminmax()):
+                raise ValueError(f"{path} has weights that are NaN or infinite: did training diverge?")
+            pattern.check_shape(weight.shape, path)
 
 
 def check_windows(windows: Tensor, model: nn.Module) -> None:

@@ -78,7 +78,7 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
         The pruned weight in `gram`'s dtype; a kept weight of a dead feature stays what it was. No objective:
         that would cost a further product a step.
     """
-    target, exponent = scale_weight(weight, gram)
+    target, exponent = scale_weight(weight, gram.norms)
     size = weight.abs().to(target.dtype)
     pull = target @ prepared.damped
     current, dual = target.clone(), torch.zeros_like(target)
@@ -98,5 +98,5 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
         sparse = proposal * mask
         dual = proposal - sparse
         current = (pull + RHO * (sparse - dual)) @ prepared.inverse
-    result = unscale_weight((current + dual) * mask, exponent, gram)
+    result = unscale_weight((current + dual) * mask, exponent, gram.norms)
     return Solution(torch.where(mask & (gram.norms == 0), weight.to(result.dtype), result), mask)

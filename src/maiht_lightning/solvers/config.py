@@ -20,6 +20,12 @@ class MAIHTConfig:
         precision: Floating-point format in which the layer's problem is solved. `tf32` is float32 whose products
             round their inputs to TF32 on CUDA devices that have it (Ampere and later): faster and less accurate;
             elsewhere it is float32.
+        tolerance: Stop early when over five iterations no more than this fraction of the support has changed and the
+            objective by no more than this fraction; likewise for the refining. 0, as in the paper: never.
+        memory_budget: Bytes on the weight's device for the solver beside the Gram matrix, or None for what it takes
+            (11 matrices of the weight's size). A layer that needs more is solved in slices of rows, with the same
+            answer but for rounding. Unless the pattern is `row`, what must outlive a slice waits in host memory, so
+            on the CPU a budget saves little then.
     """
 
     mu: float = 0.1
@@ -27,6 +33,8 @@ class MAIHTConfig:
     refine_iterations: int = 30
     step_scale: float = 0.95
     precision: Precision = "float32"
+    tolerance: float = 0.0
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < float("inf"):
@@ -39,6 +47,10 @@ class MAIHTConfig:
                 f"step_scale must lie between 0 and 1, both excluded, or the iteration need not descend, "
                 f"but found {self.step_scale!r}"
             )
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be a fraction, at least 0 and below 1, but found {self.tolerance!r}")
+        if self.memory_budget is not None and (not isinstance(self.memory_budget, int) or self.memory_budget < 1):
+            raise ValueError(f"memory_budget must be a number of bytes, at least 1, but found {self.memory_budget!r}")
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, but found {self.precision!r}")
 

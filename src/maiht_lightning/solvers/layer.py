@@ -58,8 +58,8 @@ class LayerResult:
         mask: Boolean (out, in), True where a weight is kept.
         relative_error: ‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖² of `weight`, after rounding to its dtype.
         objective: f(S) = ½ tr((S − B) A (S − B)ᵀ) after each iteration: `iterations` values while the support
-            shrinks, then one as the exact support is taken and one for each refining step. Empty for methods
-            that do not iterate.
+            shrinks, then one as the exact support is taken and one for each refining step; fewer where the
+            solver was allowed to stop early. Empty for methods that do not iterate.
         accelerated: For each iteration, the fraction of independent problems (one a layer; with pattern `row`
             one a row) in which the monitor took the accelerated candidate. Empty without a monitor.
         seconds: Wall-clock time of the solver.
@@ -169,7 +169,7 @@ class LayerSolver:
         with self._products(weight):
             solution = METHODS[self.method].solve(weight, self.gram, self.prepared, self.pattern, self.settings)
             pruned = solution.weight.to(weight.dtype)
-            if not bool(pruned.isfinite().all()):
+            if not all(extreme.isfinite() for extreme in pruned.aminmax()):
                 raise FloatingPointError(
                     f"{self.method} left weights that are not finite in {weight.dtype}; solve in precision 'float64' "
                     f"or look at the layer's inputs"

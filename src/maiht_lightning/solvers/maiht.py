@@ -11,6 +11,7 @@ combination of the u's at hand, and f(S) = ½⟨S − B, ∇f(S)⟩ comes with t
 """
 
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from torch import Tensor
 from .config import MAIHTConfig
 from .patterns import Pattern, count, hard_threshold_, keep_of_groups_, kth_largest
 from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weight
+from .slices import Slices, rows_within
 from .solution import Solution
 
+# Iterations between two looks at whether the course has settled, where that is asked for.
+CHECK_EVERY = 5
 
-class Point:
-    """A point S with what one product with A tells about it.
+
+class Candidate:
+    """A point tried in an iteration, with what one product with A tells about it.
 
     Attributes:
         value: S (out, in).
@@ -31,9 +36,8 @@ class Point:
         nonzeros: Entries of S that thresholding has kept, shaped as `loss`.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.value = like.clone()
-        self.stepped = torch.empty_like(like)
+    def __init__(self, start: Tensor) -> None:
+        self.value, self.stepped = start.clone(), start.clone()
         self.loss = self.nonzeros = torch.empty(0)
 
 
@@ -41,13 +45,14 @@ class HardThresholding:
     """The iteration in scaled coordinates. Every buffer is allocated once; nothing waits for the device.
 
     Args:
-        target: B (out, in).
-        correlation: C (in, in).
+        target: B (out, in). Its device holds what outlives an iteration: the candidates and the step before.
+        correlation: C (in, in), on the device to compute on.
         mu: Ridge μ, so that A = C + μI.
         step_size: α, below 1 / λmax(A).
         pattern: Decides what is thresholded: by penalty (`unstructured`, `row`) or N of M.
         accelerated: Try the extrapolated candidate (mAIHT, AIHT).
         plain: Try the plain gradient step (mAIHT, IHT). With both, the better one is taken: the monitor.
+        rows: Rows computed at a time, all by default. For `row`, where each row has its own λ, all of them.
     """
 
     def __init__(
@@ -60,20 +65,20 @@ class HardThresholding:
         pattern: Pattern,
         accelerated: bool = True,
         plain: bool = True,
+        rows: int | None = None,
     ) -> None:
         self.target, self.correlation, self.mu = target, correlation, mu
         self.step_size, self.pattern = step_size, pattern
-        self.residual, self.gradient = torch.empty_like(target), torch.empty_like(target)
-        self.fast = Point(target) if accelerated else None
-        self.plain = Point(target) if plain else None
+        self.slices = Slices(len(target), rows or len(target), correlation.device)
+        self.residual = torch.empty_like(target[self.slices.parts[0]], device=correlation.device)
+        self.gradient = torch.empty_like(self.residual)
         # The dense start: its gradient is 0, so a gradient step stays there.
+        self.candidates = [Candidate(target) for _ in range(accelerated + plain)]
+        self.accelerated, self.plain = accelerated, plain
         self.stepped = target.clone()
-        self.previous = target.clone() if accelerated else self.stepped
-        if self.fast is not None:
-            self.fast.stepped.copy_(target)
-        self.nonzeros = self._per_problem(torch.ne(target, 0, out=self.residual).sum(1))
+        self.nonzeros = self._per_problem(count(target != 0)[:, 0]).to(correlation.device)
         self.loss = torch.zeros_like(self.nonzeros)
-        self.took_fast = torch.ones_like(self.nonzeros, dtype=torch.bool)
+        self.took_first = torch.ones_like(self.nonzeros, dtype=torch.bool)
         self.t, self.t_previous = 1.0, 0.0
 
     def _per_problem(self, rows: Tensor) -> Tensor:
@@ -81,58 +86,111 @@ class HardThresholding:
         rows = rows.double()
         return rows[:, None] if self.pattern.by_row and not self.pattern.group else rows.sum().view(1, 1)
 
-    def measure(self, point: Point) -> None:
-        """Fill in the point's loss and gradient step: the one product with A."""
-        torch.sub(point.value, self.target, out=self.residual)
-        torch.addmm(self.residual, self.residual, self.correlation, beta=self.mu, out=self.gradient)
-        point.loss = self._per_problem(self.residual.mul_(self.gradient).sum(1)) / 2
-        torch.add(point.value, self.gradient, alpha=-self.step_size, out=point.stepped)
+    def measure(self, value: Tensor, stepped: Tensor, target: Tensor) -> Tensor:
+        """The loss of a point's rows, and their gradient step into `stepped`: the one product with A."""
+        residual, gradient = self.residual[: len(value)], self.gradient[: len(value)]
+        torch.sub(value, target, out=residual)
+        torch.addmm(residual, residual, self.correlation, beta=self.mu, out=gradient)
+        loss = self._per_problem(residual.mul_(gradient).sum(1)) / 2
+        torch.add(value, gradient, alpha=-self.step_size, out=stepped)
+        return loss
 
-    def threshold(self, point: Point, stepped: Tensor, penalty: Tensor) -> None:
-        """Take the proximal step of λ‖·‖₀, or keep N of M, at a gradient step (out, in)."""
+    def threshold(self, value: Tensor, stepped: Tensor, penalty: Tensor) -> Tensor:
+        """Take the proximal step of λ‖·‖₀, or keep N of M, at a gradient step; returns how many entries stay."""
+        kept = self.residual[: len(value)]
         if self.pattern.group:
-            keep_of_groups_(point.value, stepped, self.pattern.keep, self.pattern.group, self.residual)
-            point.nonzeros = self.nonzeros
-            return
+            keep_of_groups_(value, stepped, self.pattern.keep, self.pattern.group, kept)
+            # As many in every candidate: they do not matter to the monitor.
+            return torch.zeros_like(penalty)
         tau = (2 * self.step_size * penalty).sqrt().to(stepped.dtype)
-        hard_threshold_(point.value, stepped, tau, self.residual)
-        point.nonzeros = self._per_problem(self.residual.sum(1))
+        hard_threshold_(value, stepped, tau, kept)
+        return self._per_problem(kept.sum(1))
 
     def step(self, penalty: Tensor) -> None:
         """One iteration at penalty λ, (1, 1) or one a row (out, 1), float64.
 
         For a fixed λ and with the plain candidate, F_λ(S) = f(S) + λ‖S‖₀ does not increase.
         """
-        candidates = []
-        if self.fast is not None:
+        first, last = self.candidates[0], self.candidates[-1]
+        for candidate in self.candidates:
+            candidate.loss, candidate.nonzeros = torch.zeros_like(penalty), torch.zeros_like(penalty)
+        for part in self.slices.parts:
+            target, stepped = self.slices.borrow(self.target, part), self.slices.borrow(self.stepped, part)
+            points = [
+                (c, self.slices.borrow(c.value, part, read=False), self.slices.borrow(c.stepped, part))
+                for c in self.candidates
+            ]
+            ahead = self.gradient[: len(stepped)]
             # Y = S + a (Z − S) + b (S − S_previous), written in gradient steps and as two interpolations:
-            # (1 − a) (S + b / (1 − a) (S − S_previous)) + a Z.
+            # (1 − a) ((1 − c) S_previous + c S) + a Z with c = 1 + b / (1 − a).
             a, b = self.t_previous / self.t, (self.t_previous - 1) / self.t
-            ahead = torch.lerp(self.previous, self.stepped, 1 + b / (1 - a), out=self.gradient)
-            ahead.lerp_(self.fast.stepped, a)
-            self.threshold(self.fast, ahead, penalty)
-            self.measure(self.fast)
-            candidates.append(self.fast)
-        if self.plain is not None:
-            self.threshold(self.plain, self.stepped, penalty)
-            self.measure(self.plain)
-            candidates.append(self.plain)
-        first, last = candidates[0], candidates[-1]
+            c = 1 + b / (1 - a)
+            if self.accelerated:
+                torch.mul(stepped, 1 - c, out=ahead)
+            # From here on that of S, which the last iteration has chosen.
+            torch.where(self.took_first, points[0][2], points[-1][2], out=stepped)
+            if self.accelerated:
+                ahead.add_(stepped, alpha=c).lerp_(points[0][2], a)
+            for candidate, value, after in points:
+                start = ahead if self.accelerated and candidate is first else stepped
+                candidate.nonzeros += self.threshold(value, start, penalty)
+                candidate.loss += self.measure(value, after, target)
+                self.slices.give_back(candidate.value, part, value)
+                self.slices.give_back(candidate.stepped, part, after)
+            self.slices.give_back(self.stepped, part, stepped)
         # ‖·‖₀ enters as a difference: with λ‖S‖₀ far above f, the sums would round the decision away.
-        self.took_fast = first.loss - last.loss <= penalty * (last.nonzeros - first.nonzeros)
-        self.loss = torch.where(self.took_fast, first.loss, last.loss)
-        self.nonzeros = torch.where(self.took_fast, first.nonzeros, last.nonzeros)
-        self.previous, self.stepped = self.stepped, self.previous
-        torch.where(self.took_fast, first.stepped, last.stepped, out=self.stepped)
+        self.took_first = first.loss - last.loss <= penalty * (last.nonzeros - first.nonzeros)
+        self.loss = torch.where(self.took_first, first.loss, last.loss)
+        self.nonzeros = torch.where(self.took_first, first.nonzeros, last.nonzeros)
         self.t_previous, self.t = self.t, (1 + sqrt(1 + 4 * self.t**2)) / 2
 
-    def current(self) -> Point:
-        """The point S after the last step; its loss and gradient step are stale. No memory is taken."""
-        first, last = self.fast or self.plain, self.plain or self.fast
-        assert first is not None
-        assert last is not None
-        torch.where(self.took_fast, first.value, last.value, out=first.value)
-        return first
+    def current(self) -> Tensor:
+        """The point S (out, in) after the last step, in a buffer that the next step overwrites."""
+        first, last, took_first = self.candidates[0], self.candidates[-1], self.took_first.to(self.target.device)
+        return torch.where(took_first, first.value, last.value, out=first.value)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """S and u(S) (out, in) after the last step. There can be no further one: other memory is given back."""
+        value, first, last = self.current(), self.candidates[0], self.candidates[-1]
+        took_first = self.took_first.to(self.target.device)
+        torch.where(took_first, first.stepped, last.stepped, out=self.stepped)
+        self.candidates.clear()
+        return value, self.stepped
+
+    def refine(self, value: Tensor, keep: Tensor, steps: int, tolerance: float = 0.0) -> list[Tensor]:
+        """Gradient steps on a support, in place.
+
+        Args:
+            value: S (out, in).
+            keep: The support as numbers (out, in), 1 and 0.
+            steps: How many at most.
+            tolerance: Stop when `CHECK_EVERY` steps together lower f by no more than this fraction.
+
+        Returns:
+            f(S) at the start and after each step, float64 scalars.
+        """
+        courses = []
+        for part in self.slices.parts:
+            target, rows = self.slices.borrow(self.target, part), self.slices.borrow(value, part)
+            kept, stepped = self.slices.borrow(keep, part), self.slices.borrow(self.stepped, part, read=False)
+            losses = [self.measure(rows, stepped, target).sum()]
+            while len(losses) <= steps and not _has_settled(losses, tolerance):
+                torch.mul(stepped, kept, out=rows)
+                losses.append(self.measure(rows, stepped, target).sum())
+            self.slices.give_back(value, part, rows)
+            courses.append(losses)
+        # Slices may have settled at different times.
+        longest = max(map(len, courses))
+        padded = [losses + losses[-1:] * (longest - len(losses)) for losses in courses]
+        return [torch.stack(losses).sum() for losses in zip(*padded, strict=True)]
+
+
+def _has_settled(losses: list[Tensor], tolerance: float) -> bool:
+    """Whether the loss has hardly changed since the last look, `CHECK_EVERY` steps ago; waits for the device then."""
+    if not tolerance or len(losses) <= CHECK_EVERY or len(losses) % CHECK_EVERY:
+        return False
+    before, now = losses[-1 - CHECK_EVERY], losses[-1]
+    return bool((before - now).abs() <= tolerance * before)
 
 
 def initial_penalty(target: Tensor, step_size: float, pattern: Pattern) -> Tensor:
@@ -175,8 +233,45 @@ def solve(
         The pruned weight in `gram`'s dtype. Its objective is f(S) after each thresholding iteration and from
         the final support on after each refining step.
     """
-    target, exponent = scale_weight(weight, gram)
+    options: dict[str, Any] = {"step_size": step_size, "accelerated": accelerated, "plain": plain}
+    rows = rows_within(config.memory_budget, weight.shape, gram.norms.dtype)
+    if rows == len(weight) or pattern.name != "row":
+        return _solve(weight, gram, pattern, config, rows=rows, **options)
+    # Rows that are problems of their own are solved slice after slice, which may stop early at different times.
+    parts = [_solve(part, gram, pattern, config, rows=len(part), **options) for part in weight.split(rows)]
+    longest, choices = max(len(p.objective) for p in parts), max(len(p.accelerated) for p in parts)
+    shares = [len(part) / len(weight) for part in weight.split(rows)]
+    return Solution(
+        torch.cat([p.weight for p in parts]),
+        torch.cat([p.mask for p in parts]),
+        objective=[sum(p.objective[min(i, len(p.objective) - 1)] for p in parts) for i in range(longest)],
+        accelerated=[
+            sum(share * p.accelerated[min(i, len(p.accelerated) - 1)] for share, p in zip(shares, parts, strict=True))
+            for i in range(choices)
+        ],
+    )
+
+
+def _solve(
+    weight: Tensor,
+    gram: ScaledGram,
+    pattern: Pattern,
+    config: MAIHTConfig,
+    *,
+    rows: int,
+    step_size: float,
+    accelerated: bool,
+    plain: bool,
+) -> Solution:
+    device = weight.device
+    if rows < len(weight):
+        # What must outlive a slice waits in host memory.
+        norms, dense = gram.norms.cpu(), weight.cpu()
+    else:
+        norms, dense = gram.norms, weight
+    target, exponent = scale_weight(dense, norms)
     penalty = initial_penalty(target, step_size, pattern) if not pattern.group else target.new_zeros(1, 1).double()
+    penalty = penalty.to(device)
     iteration = HardThresholding(
         target,
         gram.correlation,
@@ -185,43 +280,39 @@ def solve(
         pattern=pattern,
         accelerated=accelerated,
         plain=plain,
+        rows=rows,
     )
     losses, choices = [], []
     margin = 0.015 if pattern.sparsity > 0.35 else 0.01
     entries = target.shape[1] if iteration.nonzeros.shape[0] > 1 else target.numel()
+    support: Tensor | None = None
     for _ in range(config.iterations):
         penalty = penalty * (1 + pattern.sparsity - margin - (1 - iteration.nonzeros / entries))
         iteration.step(penalty)
         losses.append(iteration.loss.sum())
-        choices.append(iteration.took_fast.float().mean())
-    point = iteration.current()
-    sparse = point.value
-    # The memory of the other candidate and of the point before is free for the selection.
-    iteration.plain, iteration.previous = iteration.fast, iteration.stepped
+        choices.append(iteration.took_first.float().mean())
+        if config.tolerance and len(losses) % CHECK_EVERY == 0:
+            before, support = support, iteration.current() != 0
+            changed = 1.0 if before is None else float((before ^ support).sum()) / support.numel()
+            if changed <= config.tolerance and _has_settled(losses, config.tolerance):
+                break
+    del support
+    sparse, stepped = iteration.finish()
 
     # λ may have gone a little too far, so that fewer weights are left than asked for: those come back that the
-    # next gradient step would raise highest. Dead features go by magnitude. All three scores lie in buffers.
-    mask = pattern.mask(
-        torch.abs(sparse, out=iteration.residual),
-        iteration.stepped.abs_(),
-        iteration.gradient.copy_(weight).abs_(),
-    )
-    keep = iteration.stepped.copy_(mask)
-    sparse.mul_(keep)
-    for _ in range(config.refine_iterations):
-        iteration.measure(point)
-        losses.append(point.loss.sum())
-        torch.mul(point.stepped, keep, out=sparse)
-    iteration.measure(point)
-    losses.append(point.loss.sum())
+    # next gradient step would raise highest. Dead features go by magnitude.
+    mask = pattern.mask(sparse.abs(), stepped.abs_(), dense.abs().to(sparse.dtype))
+    keep = mask.to(sparse.dtype)
+    losses += iteration.refine(sparse.mul_(keep), keep, config.refine_iterations, config.tolerance)
+    del iteration, keep, stepped
 
-    result = unscale_weight(sparse, exponent, gram)
-    if bool((gram.norms == 0).any()):
+    result = unscale_weight(sparse, exponent, norms)
+    if bool((norms == 0).any()):
         # A kept weight of a dead feature cannot matter: it stays what it was.
-        result = torch.where(mask & (gram.norms == 0), weight.to(result.dtype), result)
+        result = torch.where(mask & (norms == 0), dense.to(result.dtype), result)
     return Solution(
-        result,
-        mask,
+        result.to(device),
+        mask.to(device),
         objective=[v * 4.0**exponent for v in torch.stack(losses).tolist()],
         accelerated=torch.stack(choices).tolist() if accelerated and plain and choices else [],
     )

@@ -16,6 +16,9 @@ from torch import Tensor
 
 LANCZOS_STEPS = 48
 
+# Weights whose error is computed at a time: 64 MiB in float32.
+ERROR_ELEMENTS = 2**24
+
 
 @dataclass(frozen=True)
 class ScaledGram:
@@ -29,11 +32,6 @@ class ScaledGram:
     correlation: Tensor
     norms: Tensor
 
-    @property
-    def inverse_norms(self) -> Tensor:
-        """1 / d (in,), and 0 for dead features."""
-        return torch.where(self.norms > 0, self.norms.reciprocal(), 0)
-
 
 def scale_gram(gram: Tensor, dtype: torch.dtype = torch.float32) -> ScaledGram:
     """Bring G (in, in) to unit diagonal; `gram` is left as it is."""
@@ -45,21 +43,21 @@ def scale_gram(gram: Tensor, dtype: torch.dtype = torch.float32) -> ScaledGram:
     return ScaledGram(correlation, norms)
 
 
-def scale_weight(weight: Tensor, gram: ScaledGram) -> tuple[Tensor, int]:
+def scale_weight(weight: Tensor, norms: Tensor) -> tuple[Tensor, int]:
     """B (out, in), contiguous, divided by a power of two, and its exponent.
 
     The problem is homogeneous in B; bringing its largest entry near 1 keeps squares within float32 for weights
     and inputs of any scale, and a power of two costs no accuracy.
     """
-    scaled = weight.to(gram.norms.dtype).contiguous() * gram.norms
+    scaled = weight.to(norms.dtype).contiguous() * norms
     # Within these bounds the power and its inverse are normal numbers in float32.
     exponent = max(-100, min(100, int(torch.frexp(scaled.abs().max()).exponent)))
     return scaled.mul_(2.0**-exponent), exponent
 
 
-def unscale_weight(scaled: Tensor, exponent: int, gram: ScaledGram) -> Tensor:
+def unscale_weight(scaled: Tensor, exponent: int, norms: Tensor) -> Tensor:
     """W = S · diag(d)⁻¹ (out, in); 0 for dead features."""
-    return (scaled * 2.0**exponent).mul_(gram.inverse_norms)
+    return (scaled * 2.0**exponent).mul_(torch.where(norms > 0, norms.reciprocal(), 0))
 
 
 def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
@@ -97,13 +95,19 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
 
 
 def relative_error(weight: Tensor, pruned: Tensor, gram: ScaledGram) -> float:
-    """‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖², from W0 and W (out, in); 0 when the dense output is 0."""
-    dense, exponent = scale_weight(weight, gram)
-    change = ((pruned - weight).to(dense.dtype) * gram.norms).mul_(2.0**-exponent)
-    signal = quadratic(dense, gram.correlation)
+    """‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖², from W0 and W (out, in); 0 when the dense output is 0.
+
+    Summed over slices of rows, so that large layers need little memory.
+    """
+    noise = signal = torch.zeros((), dtype=torch.float64, device=weight.device)
+    rows = max(1, ERROR_ELEMENTS // weight.shape[1])
+    for dense, sparse in zip(weight.split(rows), pruned.split(rows), strict=True):
+        scaled, exponent = scale_weight(dense, gram.norms)
+        signal = signal + quadratic(scaled, gram.correlation) * 4.0**exponent
+        change = torch.sub(sparse, dense, out=scaled).mul_(gram.norms).mul_(2.0**-exponent)
+        noise = noise + quadratic(change, gram.correlation) * 4.0**exponent
     # Rounding may leave a tiny negative number where the Gram matrix is singular.
-    noise = quadratic(change, gram.correlation).clamp_min(0)
-    return float(noise / signal) if signal > 0 else 0.0
+    return float(noise.clamp_min(0) / signal) if signal > 0 else 0.0
 
 
 def quadratic(matrix: Tensor, gram: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""Matrices cut into slices of rows, for layers larger than the memory given to the solver."""
+
+import torch
+from torch import Tensor
+
+# Matrices of a slice's size that an iterative solver holds at once, temporaries included.
+MATRICES = 11
+
+
+def rows_within(memory_budget: int | None, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> int:
+    """How many rows of a layer (out, in) can be solved at a time in so many bytes.
+
+    Raises:
+        ValueError: Not even one.
+    """
+    if memory_budget is None:
+        return shape[0]
+    row = MATRICES * shape[1] * dtype.itemsize
+    if memory_budget < row:
+        raise ValueError(
+            f"memory_budget must hold at least one row of a layer with {shape[1]} inputs, {row} bytes in {dtype}, "
+            f"but found {memory_budget}"
+        )
+    return min(shape[0], memory_budget // row)
+
+
+class Slices:
+    """Lends rows of matrices (out, in) to the computing device: views where they lie there, else copies in buffers.
+
+    Args:
+        out: Rows of the matrices.
+        rows: Rows of a slice.
+        device: Where to compute.
+
+    Attributes:
+        parts: The slices, in order.
+    """
+
+    def __init__(self, out: int, rows: int, device: torch.device) -> None:
+        self.parts = [slice(start, min(start + rows, out)) for start in range(0, out, rows)]
+        self._rows, self._device = rows, device
+        self._buffers: dict[int, Tensor] = {}
+
+    def borrow(self, matrix: Tensor, part: slice, *, read: bool = True) -> Tensor:
+        """The rows `part` of a matrix (out, in) on the computing device; unless `read`, their values do not matter."""
+        rows = matrix[part]
+        if not self._elsewhere(matrix):
+            return rows
+        # Every matrix lives as long as the slices do, so that its address is its own.
+        if matrix.data_ptr() not in self._buffers:
+            self._buffers[matrix.data_ptr()] = torch.empty(
+                self._rows, matrix.shape[1], dtype=matrix.dtype, device=self._device
+            )
+        buffer = self._buffers[matrix.data_ptr()][: len(rows)]
+        return buffer.copy_(rows) if read else buffer
+
+    def give_back(self, matrix: Tensor, part: slice, borrowed: Tensor) -> None:
+        """Write changed rows back to where the matrix lies."""
+        if self._elsewhere(matrix):
+            matrix[part].copy_(borrowed)
+
+    def _elsewhere(self, matrix: Tensor) -> bool:
+        return matrix.device != self._device
