@@ -1,7 +1,8 @@
 """What to evaluate, and doing it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ..data.calibration import check_at_least
 from ..data.sources import evaluation_windows
 from .perplexity import perplexity
+from .zero_shot import load_tasks, mean_accuracy, zero_shot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,59 +26,101 @@ class Evaluation:
     Args:
         perplexity: Texts to measure perplexity on: `wikitext2`, `c4`, `python_docs`, or paths of .txt files.
             Empty to measure none.
-        seqlen: Tokens a window; by default the model's context, at most 2,048.
+        tasks: Zero-shot tasks by lm-eval's names, such as `boolq`; needs the extra `eval`. Empty for none. Papers
+            use boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa.
+        seqlen: Tokens a window of text; by default the model's context, at most 2,048.
         max_windows: Only the first windows of each text, for a quick look.
-        batch_size: Windows a forward pass; the result does not depend on it.
+        limit: Only the first documents of each task, for a quick look.
+        num_fewshot: Solved examples before each question of a task; by default the task's own number.
+        batch_size: Windows, or a task's sequences, a forward pass.
     """
 
     perplexity: list[str] = field(default_factory=lambda: ["wikitext2"])
+    tasks: list[str] = field(default_factory=list)
     seqlen: int | None = None
     max_windows: int | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
     batch_size: int = 1
 
     def __post_init__(self) -> None:
         check_at_least(1, batch_size=self.batch_size)
         if self.seqlen is not None:
             check_at_least(2, seqlen=self.seqlen)
-        if self.max_windows is not None:
-            check_at_least(1, max_windows=self.max_windows)
+        for name, least in (("max_windows", 1), ("limit", 1), ("num_fewshot", 0)):
+            if getattr(self, name) is not None:
+                check_at_least(least, **{name: getattr(self, name)})
 
-    def windows(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Tensor]:
-        """Token windows (windows, seqlen) of each text; errors of missing texts come here."""
+    def load(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> "Measurement":
+        """Load texts and tasks: what is missing or misspelt is found here, before hours of work.
+
+        Raises:
+            ValueError, OSError, ModuleNotFoundError: As `evaluation_windows` and `load_tasks`.
+        """
         seqlen = self.seqlen or context_length(model)
-        return {name: evaluation_windows(name, tokenizer, seqlen, self.max_windows) for name in self.perplexity}
+        windows = {name: evaluation_windows(name, tokenizer, seqlen, self.max_windows) for name in self.perplexity}
+        tasks = load_tasks(self.tasks, num_fewshot=self.num_fewshot) if self.tasks else {}
+        return Measurement(self, windows, tasks)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """An evaluation with its texts and tasks at hand, to be done at each stage of a run.
+
+    Args:
+        settings: What was asked for.
+        windows: Token ids (windows, seqlen) by the text's name.
+        tasks: lm-eval's tasks by name.
+    """
+
+    settings: Evaluation
+    windows: Mapping[str, Tensor]
+    tasks: Mapping[str, Any]
+
+    @torch.no_grad()
+    def measure(
+        self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", *, stage: str = "", progress: bool = True
+    ) -> dict[str, Any]:
+        """Measure a model.
+
+        Args:
+            model: A Hugging Face causal language model.
+            tokenizer: Its tokenizer.
+            stage: Name of the model's state, for the progress bars.
+            progress: Show progress bars.
+
+        Returns:
+            `{"perplexity": {text: value}, "tasks": {task: {metric: value}}, "mean_accuracy": fraction}`; the
+            last two only where there are tasks (with an accuracy).
+        """
+        found: dict[str, Any] = {
+            "perplexity": {
+                name: perplexity(
+                    model,
+                    windows,
+                    batch_size=self.settings.batch_size,
+                    progress=progress,
+                    description=f"Perplexity {name} {stage}".strip(),
+                )
+                for name, windows in self.windows.items()
+            }
+        }
+        if self.tasks:
+            found["tasks"] = zero_shot(
+                model,
+                tokenizer,
+                self.tasks,
+                limit=self.settings.limit,
+                batch_size=self.settings.batch_size,
+                progress=progress,
+                description=f"Tasks {stage}".strip(),
+            )
+            mean = mean_accuracy(found["tasks"])
+            if mean is not None:
+                found["mean_accuracy"] = mean
+        return found
 
 
 def context_length(model: nn.Module) -> int:
     """The model's context in tokens, at most 2,048."""
     return min(getattr(getattr(model, "config", None), "max_position_embeddings", LONGEST_WINDOW), LONGEST_WINDOW)
-
-
-@torch.no_grad()
-def measure_perplexities(
-    model: nn.Module,
-    windows: dict[str, Tensor],
-    *,
-    batch_size: int = 1,
-    stage: str = "",
-    progress: bool = True,
-) -> dict[str, float]:
-    """Perplexity by text.
-
-    Args:
-        model: A Hugging Face causal language model.
-        windows: Token ids (windows, seqlen) by the text's name.
-        batch_size: Windows a forward pass.
-        stage: Name of the model's state, for the progress bar.
-        progress: Show progress bars.
-    """
-    return {
-        name: perplexity(
-            model,
-            tokens,
-            batch_size=batch_size,
-            progress=progress,
-            description=f"Perplexity {name} {stage}".strip(),
-        )
-        for name, tokens in windows.items()
-    }
