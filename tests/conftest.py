@@ -104,3 +104,27 @@ def tiny_llama(request):
             return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **settings)).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tokenizer, tmp_path_factory):
+    """A tiny LLaMA with SmolLM2's vocabulary and tokenizer, as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=256,
+            )
+        ).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from maiht_lightning import MAIHTPruning
 from maiht_lightning.data.calibration import CalibrationSource
 from maiht_lightning.evaluation.perplexity import perplexity
-from maiht_lightning.evaluation.settings import Evaluation
+from maiht_lightning.evaluation.settings import Evaluation, Measurement
 from maiht_lightning.sparsity import count_zeros
 from wandb_file import read_run
 
@@ -67,7 +67,7 @@ def module(tiny_llama):
 def text(monkeypatch):
     """Evaluation windows without a tokenizer."""
     windows = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(Evaluation, "windows", lambda *_: {"random": windows})
+    monkeypatch.setattr(Evaluation, "load", lambda self, *_: Measurement(self, {"random": windows}, {}))
     return windows
 
 
@@ -169,7 +169,12 @@ def test_offline_wandb_run_holds_curves_stages_table_and_settings(module, text, 
         assert row["prune/relative_error/mlp.down_proj"] == pytest.approx(errors[name])
     assert [row["prune/layers.nrows"] for row in history if "prune/layers.nrows" in row] == [LAYERS]
     metrics = {key: value for row in history for key, value in row.items()}
+    for name in ("relative_error", "objective", "stages", "kept"):
+        assert metrics[f"figures/{name}._type"].startswith("image")
+        assert metrics[f"figures/{name}.width"] > 500
+    assert config["environment"]["torch"] == torch.__version__
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert metrics["seconds/solve"] == summary["seconds"]["solve"]
     for stage in ("dense", "pruned"):
         assert metrics[f"{stage}/perplexity/random"] == summary["stages"][stage]["perplexity"]["random"]
     assert metrics["pruned/sparsity"] == 0.5

@@ -17,35 +17,12 @@ from maiht_lightning.sparsity import count_zeros
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    """A tiny LLaMA with SmolLM2's vocabulary and tokenizer, as a Hugging Face folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("tiny")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=256,
-            )
-        ).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def options(folder, tmp_path, monkeypatch):
+def options(tiny_folder, tmp_path, monkeypatch):
     """Options of a small run in an empty folder, changed or extended by keyword."""
     monkeypatch.chdir(tmp_path)
     config = {
-        "model": {"name_or_path": str(folder)},
+        "model": {"name_or_path": str(tiny_folder)},
         "data": {"class_path": "PythonDocsDataModule", "init_args": {"seqlen": 64, "batch_size": 4}},
         "trainer": {
             "accelerator": "cpu",
@@ -111,9 +88,9 @@ def test_wandb_offline_twice(options, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "pattern"), [("wanda", "row"), ("magnitude", "unstructured"), ("aiht", "2:4")])
-def test_prune_needs_no_training(options, folder, tmp_path, method, pattern):
+def test_prune_needs_no_training(options, tiny_folder, tmp_path, method, pattern):
     main(["prune", *options, "--output_dir", "out", "--pruning.method", method, "--pruning.pattern", pattern])
-    pruned, dense = load_model(str(tmp_path / "out" / "model")), load_model(str(folder))
+    pruned, dense = load_model(str(tmp_path / "out" / "model")), load_model(str(tiny_folder))
     assert all(count.zeros * 2 == count.size for count in count_zeros(pruned))
     assert torch.equal(pruned.model.embed_tokens.weight, dense.model.embed_tokens.weight)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -176,11 +153,11 @@ def test_missing_data_folder_is_named_before_training(options, no_training, caps
         assert "MAIHT_DATA_DIR: expected the folder /nowhere" in capsys.readouterr().err
 
 
-def test_model_without_decoder_blocks_is_refused_before_training(options, no_training, folder, capsys, tmp_path):
+def test_model_without_decoder_blocks_is_refused_before_training(options, no_training, tiny_folder, capsys, tmp_path):
     from transformers import MambaConfig
 
     MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=0).save_pretrained(tmp_path / "empty")
-    for file in folder.glob("tokenizer*"):
+    for file in tiny_folder.glob("tokenizer*"):
         (tmp_path / "empty" / file.name).write_bytes(file.read_bytes())
     with pytest.raises(SystemExit):
         main(["fit", *options, "--model.name_or_path", str(tmp_path / "empty" / "config.json")])

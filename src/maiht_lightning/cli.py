@@ -1,6 +1,7 @@
 """`maiht`: LightningCLI with pruning.
 
-Commands: `fit` (train, then prune), `prune` (no training), `validate` and `test`.
+Commands: `fit` (train, then prune), `prune` (no training), `validate` and `test`, which have a Trainer; `evaluate` and
+`report`, which have none (see `commands`).
 """
 
 import os
@@ -17,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .callbacks.pruning import MAIHTPruning
+from .commands import COMMANDS
 
 # Imported so that their classes can be given by name alone, as in `--data WikiText2DataModule`.
 from .data import c4, python_docs, wikitext2  # noqa: F401
@@ -24,7 +26,7 @@ from .module import CausalLMModule
 from .reporting.loggers import log_settings
 from .reporting.run_folder import fresh_run_folder
 
-USER_ERRORS = (MisconfigurationException, ValueError, TypeError, OSError)
+USER_ERRORS = (MisconfigurationException, ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
 class PruningTrainer(Trainer):
@@ -112,7 +114,8 @@ class MAIHTCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "prog": "maiht",
-                "description": "Fine-tune a causal language model and prune it in one shot.",
+                "description": "Fine-tune a causal language model and prune it in one shot. Beside the subcommands "
+                "below: `maiht evaluate --help` measures any model, `maiht report --help` compares runs.",
             },
             args=args,
         )
@@ -162,8 +165,12 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Between Lightning and torch, and for neither of them the user's to mend.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    given = sys.argv[1:] if args is None else args
     try:
-        MAIHTCLI(args)
+        if given and given[0] in COMMANDS:
+            COMMANDS[given[0]](given[1:])
+        else:
+            MAIHTCLI(args)
     except USER_ERRORS as error:
         if os.environ.get("MAIHT_TRACEBACK") or _is_internal(error):
             raise

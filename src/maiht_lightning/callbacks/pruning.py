@@ -17,10 +17,12 @@ from torch import Tensor
 from ..capture import find_blocks, find_linears, weight_of
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource, check_at_least
-from ..evaluation.settings import Evaluation, context_length, measure_perplexities
+from ..evaluation.settings import Evaluation, Measurement, context_length
 from ..pruner import PruningReport, check_windows, prune
-from ..reporting.loggers import finish_pruning, log_block, log_stage, start_pruning
+from ..reporting.environment import environment
+from ..reporting.loggers import finish_pruning, log_block, log_figures, log_stage, start_pruning
 from ..reporting.run_folder import Summary, fresh_run_folder, write_layers
+from ..reporting.run_report import write_report
 from ..reporting.tables import print_run
 from ..solvers import MAIHTConfig, check_method, parse_pattern, resolve_config
 from ..sparsity import count_zeros, measured_sparsity
@@ -35,8 +37,8 @@ class MAIHTPruning(Callback):
 
     When training ends, the model is measured, pruned layer by layer from calibration text, saved, and measured
     again. Everything that can be wrong with the settings, the model or the texts is checked before the first
-    training step. The pruned model, the tables and the journal lie in `output_dir`; perplexities and the layers'
-    errors go to the Trainer's loggers.
+    training step. The pruned model, the report, the tables and the journal lie in `output_dir`; perplexities,
+    accuracies, the layers' errors and the figures go to the Trainer's loggers.
 
     Note:
         `ModelCheckpoint`'s files were written before and stay dense: use `output_dir/model`. Averaging callbacks
@@ -91,8 +93,8 @@ class MAIHTPruning(Callback):
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.report: PruningReport | None = None
         self.summary = Summary(self.method, self.pattern.sparsity, self.pattern.name)
-        self._calibration_windows = torch.empty(0)
-        self._evaluation_windows: dict[str, Tensor] = {}
+        self._calibration_windows: Tensor = torch.empty(0)
+        self._measurement: Measurement | None = None
         self._fit_started = time.perf_counter()
 
     # ---- Lightning's hooks
@@ -146,8 +148,8 @@ class MAIHTPruning(Callback):
                     self.pattern.check_shape(weight_of(linear).shape, f"{blocks.path}.{index}.{name}")
             self._calibration_windows = self.calibration.windows(tokenizer, context_length(model))
             check_windows(self._calibration_windows, model)
-            self._evaluation_windows = self.evaluation.windows(model, tokenizer)
-        except (ValueError, OSError) as error:
+            self._measurement = self.evaluation.load(model, tokenizer)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             raise MisconfigurationException(f"pruning cannot work with these settings: {error}") from error
         if self.output_dir is None:
             self.output_dir = fresh_run_folder(Path(trainer.default_root_dir) / "runs")
@@ -159,9 +161,9 @@ class MAIHTPruning(Callback):
         model, step = find_language_model(pl_module, self.model), trainer.global_step
         # Gradients are of no more use, and as large as the model.
         pl_module.zero_grad(set_to_none=True)
-        start_pruning(trainer.loggers, self._settings())
+        start_pruning(trainer.loggers, {"pruned_with": self._settings(), "environment": environment()})
 
-        self._measure("dense", trainer, model)
+        self._measure("dense", trainer, pl_module)
         with trainer.precision_plugin.forward_context():
             report = prune(
                 model,
@@ -182,23 +184,24 @@ class MAIHTPruning(Callback):
         self.summary.seconds["capture"] = report.capture_seconds
         self.summary.seconds["solve"] = report.solve_seconds
         write_layers(self.output_dir, report.layers)
-        self._measure("pruned", trainer, model)
+        self._measure("pruned", trainer, pl_module)
         finish_pruning(trainer.loggers, self.summary, report.layers, step)
+        log_figures(trainer.loggers, write_report(self.output_dir, self.summary, report.layers, self._settings()), step)
         print_run(self.summary, report.layers, str(self.output_dir))
 
-    def _measure(self, stage: str, trainer: Trainer, model: "PreTrainedModel") -> None:
+    def _measure(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.output_dir is not None  # set by `prepare`
+        assert self._measurement is not None
         start = time.perf_counter()
+        model = find_language_model(pl_module, self.model)
         with trainer.precision_plugin.forward_context():
-            values = measure_perplexities(
-                model, self._evaluation_windows, batch_size=self.evaluation.batch_size, stage=stage
-            )
+            found = self._measurement.measure(model, find_tokenizer(pl_module, model, self.tokenizer), stage=stage)
         seconds = self.summary.seconds
         seconds["evaluate"] = seconds.pop("evaluate", 0.0) + time.perf_counter() - start
-        self.summary.stages[stage] = {"perplexity": values}
+        self.summary.stages[stage] = found
         self.summary.peak_memory_bytes = peak_memory_bytes()
         self.summary.write(self.output_dir)
-        log_stage(trainer.loggers, stage, self.summary.stages[stage], trainer.global_step)
+        log_stage(trainer.loggers, stage, found, trainer.global_step)
 
     def _settings(self) -> dict[str, Any]:
         return {

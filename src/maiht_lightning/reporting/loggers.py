@@ -1,17 +1,18 @@
-"""Writing a pruning to Lightning's loggers: W&B with curves over the blocks and a table, others with metrics.
+"""Writing a pruning to Lightning's loggers: W&B with curves over the blocks, tables and figures, others with metrics.
 
 Logging must never cost a pruned model: what a logger raises is turned into a warning.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..journal import LayerRecord
-from .run_folder import LAYER_COLUMNS, Summary, layer_rows
+from .run_folder import LAYER_COLUMNS, Summary, layer_rows, task_table
 from .tables import kind_of
 
 
@@ -21,7 +22,7 @@ def log_settings(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
 
 
 def start_pruning(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
-    """Tell the loggers the settings, and W&B that pruning has an x axis of its own."""
+    """Tell the loggers the settings and versions, and W&B that pruning has an x axis of its own."""
 
     def start(logger: Logger) -> None:
         if isinstance(logger, WandbLogger):
@@ -29,7 +30,7 @@ def start_pruning(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
             logger.experiment.define_metric("prune/*", step_metric="prune/block")
 
     _each(loggers, start)
-    log_settings(loggers, {"pruned_with": settings})
+    log_settings(loggers, settings)
 
 
 def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step: int) -> None:
@@ -50,22 +51,56 @@ def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step
 
 
 def log_stage(loggers: Sequence[Logger], name: str, stage: dict[str, Any], global_step: int) -> None:
-    """Log the perplexities of a stage as `STAGE/perplexity/TEXT`."""
+    """Log what was measured at a stage.
+
+    As `STAGE/perplexity/TEXT`, `STAGE/tasks/TASK/METRIC` and `STAGE/mean_accuracy`.
+    """
     metrics = {f"{name}/perplexity/{text}": value for text, value in stage.get("perplexity", {}).items()}
+    for task, found in stage.get("tasks", {}).items():
+        metrics |= {f"{name}/tasks/{task}/{metric}": value for metric, value in found.items()}
+    if "mean_accuracy" in stage:
+        metrics[f"{name}/mean_accuracy"] = stage["mean_accuracy"]
     if metrics:
         _each(loggers, lambda logger: logger.log_metrics(metrics, step=global_step))
 
 
 def finish_pruning(loggers: Sequence[Logger], summary: Summary, records: list[LayerRecord], global_step: int) -> None:
-    """Log the counted sparsity and, once, the table of layers."""
+    """Log the counted sparsity, times and memory, and once the tables of layers and tasks."""
+    columns, rows = task_table(summary.stages)
 
     def finish(logger: Logger) -> None:
-        logger.log_metrics({"pruned/sparsity": summary.measured_sparsity}, step=global_step)
+        metrics = {
+            "pruned/sparsity": summary.measured_sparsity,
+            **{f"seconds/{phase}": seconds for phase, seconds in summary.seconds.items()},
+            "peak_memory_bytes": float(summary.peak_memory_bytes),
+        }
+        logger.log_metrics(metrics, step=global_step)
         if isinstance(logger, WandbLogger):
             logger.log_table("prune/layers", columns=list(LAYER_COLUMNS), data=layer_rows(records))
+            if rows:
+                logger.log_table("tasks", columns=columns, data=rows)
+            logger.experiment.summary.update(
+                {"method": summary.method, "pattern": summary.pattern, "sparsity": summary.sparsity}
+            )
         logger.save()
 
     _each(loggers, finish)
+
+
+def log_figures(loggers: Sequence[Logger], figures: dict[str, Path], global_step: int) -> None:
+    """Log PNG files by name as `figures/NAME` to the loggers that take images."""
+
+    def draw(logger: Logger) -> None:
+        if isinstance(logger, WandbLogger):
+            for name, path in figures.items():
+                logger.log_image(f"figures/{name}", [str(path)])
+        elif isinstance(logger, TensorBoardLogger):
+            from matplotlib.image import imread
+
+            for name, path in figures.items():
+                logger.experiment.add_image(f"figures/{name}", imread(path), global_step, dataformats="HWC")
+
+    _each(loggers, draw)
 
 
 def _each(loggers: Sequence[Logger], action: Callable[[Logger], None]) -> None:

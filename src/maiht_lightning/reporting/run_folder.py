@@ -26,7 +26,8 @@ class Summary:
         sparsity: Fraction of zeros asked for.
         pattern: Sparsity pattern.
         measured_sparsity: Fraction of zeros counted over all pruned layers.
-        stages: By stage (`dense`, `pruned`, `finetuned`): `{"perplexity": {text: value}}`.
+        stages: By stage (`dense`, `pruned`, `finetuned`): `{"perplexity": {text: value}, "tasks": {task: {metric:
+            value}}, "mean_accuracy": fraction}`.
         seconds: Wall-clock time of `fit`, `capture`, `solve` and `evaluate`.
         peak_memory_bytes: Highest GPU memory of the process, or its highest resident memory without a GPU.
     """
@@ -84,3 +85,25 @@ def write_layers(folder: Path, records: list[LayerRecord]) -> None:
         writer = csv.writer(file)
         writer.writerow(LAYER_COLUMNS)
         writer.writerows(layer_rows(records))
+
+
+def task_table(stages: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and rows of the zero-shot results: a row a task and metric, a value and its standard error a stage."""
+    tasks_of = {name: stage.get("tasks", {}) for name, stage in stages.items()}
+    measured = dict.fromkeys(
+        (task, metric)
+        for tasks in tasks_of.values()
+        for task, metrics in tasks.items()
+        for metric in metrics
+        if not metric.endswith("_stderr")
+    )
+    columns = ["task", "metric", *(f"{name}{suffix}" for name in tasks_of for suffix in ("", "_stderr"))]
+    rows = [
+        [
+            task,
+            metric,
+            *(tasks.get(task, {}).get(metric + suffix) for tasks in tasks_of.values() for suffix in ("", "_stderr")),
+        ]
+        for task, metric in measured
+    ]
+    return columns, rows

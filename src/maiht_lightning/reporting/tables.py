@@ -1,12 +1,13 @@
 """The tables a person sees at the end of a run."""
 
 from statistics import geometric_mean
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..journal import LayerRecord
-from .run_folder import Summary
+from .run_folder import Summary, task_table
 
 
 def print_run(summary: Summary, records: list[LayerRecord], folder: str) -> None:
@@ -17,18 +18,37 @@ def print_run(summary: Summary, records: list[LayerRecord], folder: str) -> None
     console.print(_kinds(records))
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary.seconds.items())
     console.print(f"Time: {seconds}. Peak memory: {summary.peak_memory_bytes / 2**30:.1f} GiB.")
-    console.print(f"Files: {folder} (model/ loads with from_pretrained)", soft_wrap=True)
+    console.print(f"Files: {folder} (report.html to look at; model/ loads with from_pretrained)", soft_wrap=True)
 
 
 def _stages(summary: Summary) -> Table:
-    texts = sorted({text for stage in summary.stages.values() for text in stage.get("perplexity", {})})
     title = f"{summary.method}, {summary.pattern}: {summary.measured_sparsity:.4%} zeros, counted"
-    table = Table("stage", title=title, min_width=len(title) + 2)
-    for text in texts:
-        table.add_column(f"perplexity {text}", justify="right")
-    for name, stage in summary.stages.items():
-        table.add_row(name, *(f"{stage['perplexity'][text]:.3f}" for text in texts))
+    return stage_table(summary.stages, title)
+
+
+def stage_table(stages: dict[str, dict[str, Any]], title: str) -> Table:
+    """What was measured, a row a measure and a column a stage, which fits the terminal whatever is measured."""
+    table = Table("measure", title=title, min_width=len(title) + 2)
+    for name in stages:
+        table.add_column(name, justify="right")
+    for text in dict.fromkeys(text for stage in stages.values() for text in stage.get("perplexity", {})):
+        values = [stage.get("perplexity", {}).get(text) for stage in stages.values()]
+        table.add_row(f"perplexity {text}", *("" if value is None else f"{value:.3f}" for value in values))
+    _, rows = task_table(stages)
+    for task, metric, *values in rows:
+        scores = zip(values[::2], values[1::2], strict=True)
+        table.add_row(f"{task} {metric}, %", *map(_score, scores))
+    if any("mean_accuracy" in stage for stage in stages.values()):
+        means = [stage.get("mean_accuracy") for stage in stages.values()]
+        table.add_row("mean acc, %", *(_score((mean, None)) for mean in means), style="bold")
     return table
+
+
+def _score(score: tuple[float | None, float | None]) -> str:
+    value, deviation = score
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if deviation is None else f"{100 * value:.2f} ± {100 * deviation:.2f}"
 
 
 def _kinds(records: list[LayerRecord]) -> Table:

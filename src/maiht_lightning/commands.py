@@ -1,0 +1,72 @@
+"""The commands of `maiht` that need no Trainer: `evaluate` and `report`."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from .evaluation.settings import Evaluation
+from .loading import load_model, load_tokenizer
+from .reporting.compare import comparison, write_comparison
+from .reporting.run_folder import fresh_run_folder
+from .reporting.runs import read_run
+from .reporting.tables import stage_table
+from .sparsity import count_zeros, measured_sparsity
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def evaluate(args: list[str]) -> None:
+    """Measure a model's perplexity and zero-shot accuracy, print a table, and write it if asked to."""
+    parser = ArgumentParser(prog="maiht evaluate", description="Measure any causal language model, dense or pruned.")
+    parser.add_argument("--config", action="config", help="File with these settings.")
+    parser.add_argument("--model", type=str, required=True, help="Hugging Face hub name, model folder or .gguf file.")
+    parser.add_class_arguments(Evaluation)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="Format of the weights.")
+    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=str | None, default=None, help="JSON file for the results.")
+    settings = parser.parse_args(args)
+    evaluation = Evaluation(**{name: settings[name] for name in Evaluation.__dataclass_fields__})
+    output = None if settings.output is None else Path(settings.output)
+    if output is not None and not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output: expected a file in an existing folder, found {output}")
+
+    tokenizer = load_tokenizer(settings.model)
+    model = load_model(settings.model, DTYPES[settings.dtype])
+    # Before the model moves and anything is computed: what is missing shows here.
+    measurement = evaluation.load(model, tokenizer)
+    found = measurement.measure(model.to(settings.device), tokenizer)
+    found["sparsity"] = measured_sparsity(count_zeros(model))
+    if output is not None:
+        output.write_text(json.dumps({"model": settings.model, **found}, indent=2) + "\n")
+    title = f"{settings.model}: {found['sparsity']:.4%} zeros in its linear layers"
+    console = Console()
+    console.print(stage_table({"measured": found}, title))
+
+
+def report(args: list[str]) -> None:
+    """Put finished runs side by side: tables in Markdown, CSV and HTML, and a figure."""
+    parser = ArgumentParser(prog="maiht report", description="Compare finished runs: a page, tables and a figure.")
+    parser.add_argument("runs", nargs="+", type=str, help="Folders of runs.")
+    parser.add_argument(
+        "--output_dir", type=str | None, default=None, help="Folder of the report (default: a fresh one in reports/)."
+    )
+    parser.add_argument("--wandb", type=bool, default=False, help="Also publish a W&B Report; needs the extra wandb.")
+    parser.add_argument("--entity", type=str, default=os.environ.get("WANDB_ENTITY", ""), help="W&B user or team.")
+    parser.add_argument("--project", type=str, default="maiht-lightning", help="W&B project.")
+    settings = parser.parse_args(args)
+    runs = [read_run(folder) for folder in settings.runs]
+    page = write_comparison(settings.output_dir or fresh_run_folder("reports"), runs)
+    print(comparison(runs).markdown())
+    print(f"Written: {page}")
+    if settings.wandb:
+        from .reporting.wandb_report import publish
+
+        print(f"Published: {publish(runs, settings.entity, settings.project)}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"evaluate": evaluate, "report": report}
