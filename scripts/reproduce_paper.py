@@ -1,0 +1,185 @@
+"""The paper's experiment: methods × sparsities on one model, each calibrated the same way, ending in a report.
+
+Perplexity on WikiText-2 and the seven zero-shot tasks, dense and pruned, nothing fine-tuned. Every pruning is a run in
+a folder of its own, `OUTPUT_DIR/SETTING-METHOD-SEED`. Started again with the same `--output_dir`, the script goes on
+where it was: finished runs are not repeated, and an unfinished one goes on in its journal.
+
+    python scripts/reproduce_paper.py                     # LLaMA-7B, one 80 GB GPU
+    python scripts/reproduce_paper.py --preset smollm2    # SmolLM2-135M on a CPU, hours
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from rich.console import Console
+
+from fetch_smollm2 import fetch
+from maiht_lightning import C4Calibration, prune
+from maiht_lightning.evaluation.settings import Evaluation, Measurement
+from maiht_lightning.evaluation.zero_shot import PAPER_TASKS
+from maiht_lightning.loading import load_model, load_tokenizer
+from maiht_lightning.reporting.compare import comparison, write_comparison
+from maiht_lightning.reporting.run_folder import Summary, write_layers
+from maiht_lightning.reporting.run_report import write_report
+from maiht_lightning.reporting.runs import read_run
+from maiht_lightning.solvers import check_method, parse_pattern
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and how much is computed with it."""
+
+    model: Callable[[], str]
+    dtype: str
+    samples: int
+    seqlen: int
+    sampling: Literal["wanda", "packed"]
+    max_windows: int | None
+    limit: int | None
+    batch_size: int
+
+
+PRESETS = {
+    "llama7b": Preset(lambda: "huggyllama/llama-7b", "bfloat16", 128, 2048, "wanda", None, None, 4),
+    # What two cores do in a few hours: fewer and shorter windows, a part of the test text and of each task.
+    "smollm2": Preset(lambda: str(fetch()), "float32", 32, 512, "packed", 40, 50, 4),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="llama7b")
+    parser.add_argument("--model", help="hub name, folder or .gguf file (default: the preset's)")
+    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt", "admm", "maiht"])
+    parser.add_argument("--settings", nargs="+", default=["0.3", "0.5", "0.6", "0.7", "2:4"], help="sparsities and N:M")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
+    parser.add_argument("--wanda-pattern", default="row", help="Wanda's pattern where others prune unstructured")
+    parser.add_argument("--tasks", nargs="*", default=list(PAPER_TASKS))
+    parser.add_argument("--limit", type=int, help="documents of each task (default: the preset's; 0 for all)")
+    parser.add_argument("--max-windows", type=int, help="windows of WikiText-2 (default: the preset's; 0 for all)")
+    parser.add_argument("--samples", type=int, help="calibration windows (default: the preset's)")
+    parser.add_argument("--seqlen", type=int, help="tokens a window of both texts (default: the preset's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=Path, help="default: runs/paper-PRESET")
+    args = parser.parse_args()
+    try:
+        for method in args.methods:
+            check_method(method)
+        for setting in args.settings:
+            pattern_of(setting)
+        parse_pattern(args.wanda_pattern, 0.5)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def pattern_of(setting: str, method: str = "maiht", wanda_pattern: str = "row") -> tuple[str, float]:
+    """Pattern and sparsity of a setting such as `0.5` or `2:4`; Wanda compares within rows, as published."""
+    if ":" in setting:
+        return setting, parse_pattern(setting, 0.5).sparsity
+    try:
+        sparsity = float(setting)
+    except ValueError:
+        raise ValueError(
+            f"settings are sparsities such as 0.5 or patterns such as 2:4, but found {setting!r}"
+        ) from None
+    name = wanda_pattern if method == "wanda" else "unstructured"
+    return name, parse_pattern(name, sparsity).sparsity
+
+
+def main() -> None:
+    args = parse_arguments()
+    preset = PRESETS[args.preset]
+    folder = args.output_dir or Path("runs") / f"paper-{args.preset}"
+    console = Console()
+
+    def chosen(name: str) -> Any:
+        given = getattr(args, name)
+        return getattr(preset, name) if given is None else given or None
+
+    source, seqlen = args.model or preset.model(), chosen("seqlen")
+    evaluation = Evaluation(
+        ["wikitext2"], args.tasks, seqlen, chosen("max_windows"), chosen("limit"), batch_size=preset.batch_size
+    )
+    # What all runs share; a folder with results of something else is not mixed with these.
+    common = {
+        "model": source,
+        "dtype": preset.dtype,
+        "calibration": {"samples": chosen("samples"), "seqlen": seqlen, "sampling": preset.sampling},
+        "evaluation": asdict(evaluation),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = folder / "experiment.json"
+    if shared.exists() and json.loads(shared.read_text()) != common:
+        sys.exit(f"{folder} holds an experiment with other settings ({shared}): choose another --output_dir")
+    shared.write_text(json.dumps(common, indent=2) + "\n")
+
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, getattr(torch, preset.dtype)).eval().to(args.device)
+    weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    measurement = evaluation.load(model, tokenizer)
+    windows = {
+        seed: C4Calibration(chosen("samples"), seqlen, preset.sampling, seed).windows(tokenizer, seqlen)
+        for seed in args.seeds
+    }
+
+    dense_file = folder / "dense.json"
+    if not dense_file.exists():
+        console.rule("dense")
+        dense_file.write_text(json.dumps(measurement.measure(model, tokenizer, stage="dense"), indent=2) + "\n")
+    dense = json.loads(dense_file.read_text())
+
+    runs = [(setting, method, seed) for seed in args.seeds for setting in args.settings for method in args.methods]
+    folders = [folder / f"{setting.replace(':', 'of')}-{method}-{seed}" for setting, method, seed in runs]
+    for number, ((setting, method, seed), run) in enumerate(zip(runs, folders, strict=True), start=1):
+        if (run / "summary.json").exists():
+            continue
+        console.rule(f"{number} of {len(runs)}: {method}, {setting}, seed {seed}")
+        pattern, sparsity = pattern_of(setting, method, args.wanda_pattern)
+        summary = Summary(method, sparsity, pattern, stages={"dense": dense})
+        model.load_state_dict(weights)
+        one_run(run, model, tokenizer, windows[seed], measurement, summary, {**common, "seed": seed}, preset.batch_size)
+
+    finished = [read_run(run) for run in folders]
+    console.print(f"Report: {write_comparison(folder / 'report', finished)}")
+    print(comparison(finished).markdown())
+
+
+def one_run(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    windows: torch.Tensor,
+    measurement: Measurement,
+    summary: Summary,
+    settings: dict[str, Any],
+    batch_size: int,
+) -> None:
+    """Prune, measure and write a run's folder, the model itself excepted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pruning: dict[str, Any] = {"method": summary.method, "pattern": summary.pattern, "sparsity": summary.sparsity}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "pruning": pruning}))
+    report = prune(model, windows, **pruning, batch_size=batch_size, journal_dir=folder / "journal")
+    summary.measured_sparsity = report.sparsity
+    summary.seconds = {"capture": report.capture_seconds, "solve": sum(r.seconds for r in report.layers)}
+    write_layers(folder, report.layers)
+    start = time.perf_counter()
+    summary.stages["pruned"] = measurement.measure(model, tokenizer, stage="pruned")
+    summary.seconds["evaluate"] = time.perf_counter() - start
+    summary.write(folder)
+    write_report(folder, summary, report.layers, {**settings, **pruning})
+    # The blocks' weights have done their duty, and 25 copies of a model would fill the disk.
+    for file in (folder / "journal").glob("*.safetensors"):
+        file.unlink()
+
+
+if __name__ == "__main__":
+    main()
