@@ -59,6 +59,7 @@ def test_fit_prunes_and_fills_the_runs_folder(options, tmp_path, capsys):
     assert "self_attn.q_proj" in table
 
 
+@pytest.mark.slow
 def test_second_run_never_dies_and_a_saved_configuration_runs_again(options, tmp_path):
     for _ in range(2):
         main(["fit", *options, "--output_dir", "out"])
@@ -68,6 +69,7 @@ def test_second_run_never_dies_and_a_saved_configuration_runs_again(options, tmp
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_wandb_offline_twice(options, tmp_path):
     import wandb
 
@@ -99,6 +101,7 @@ def test_prune_needs_no_training(options, tiny_folder, tmp_path, method, pattern
     assert (tmp_path / "out" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_prune_reads_a_checkpoint_and_agrees_with_fit(options, tmp_path):
     main(["fit", *options, "--output_dir", "fitted", "--trainer.enable_checkpointing", "true"])
     (checkpoint,) = (tmp_path / "fitted").glob("**/*.ckpt")
