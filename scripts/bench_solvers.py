@@ -1,9 +1,9 @@
 """Time the solvers on real layers, beside the bare matrix products they need and a naive mAIHT.
 
-For each layer and method: seconds, the same as a multiple of mAIHT's 130 products with the Gram matrix (measured in the
-same run, interleaved), the fraction of the measured product rate, relative error, and peak memory in matrices of the
-weight's size. The layers are SmolLM2's, with C4 inputs where `MAIHT_DATA_DIR` has them, else the Python documentation;
-`--llama7b` adds LLaMA-7B's shapes with random weights and inputs.
+For each layer and method: seconds, the same as a multiple of mAIHT's bare products with the Gram matrix (measured in
+the same run, interleaved), the fraction of the measured product rate that the method's dense algebra reaches, relative
+error, and peak memory in matrices of the weight's size. The layers are SmolLM2's, with C4 inputs where `MAIHT_DATA_DIR`
+has them, else the Python documentation; `--llama7b` adds LLaMA-7B's shapes with random weights and inputs.
 
     python scripts/bench_solvers.py --json bench.json
 """
@@ -29,7 +29,7 @@ from maiht_lightning import C4Calibration, MAIHTConfig, prune_layer
 from maiht_lightning.capture import accumulate_grams, advance, evaluation_mode, find_blocks, find_linears, record_inputs
 from maiht_lightning.data.python_docs import PythonDocsCalibration
 from maiht_lightning.loading import load_model, load_tokenizer
-from maiht_lightning.solvers import METHODS
+from maiht_lightning.solvers import METHODS, admm
 from maiht_lightning.solvers.maiht import step_size
 from maiht_lightning.solvers.precision import float32_products
 from maiht_lightning.solvers.problem import scale_gram
@@ -127,6 +127,20 @@ def random_layer(shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor]:
     return weight, inputs.T @ inputs
 
 
+def algebra_flops(method: str, shape: torch.Size, config: MAIHTConfig) -> float:
+    """Floating-point operations of a method's products and factorisations; 0 where it has none."""
+    out, inputs = shape
+    product, cube = 2 * out * inputs**2, inputs**3
+    return {
+        **dict.fromkeys(("maiht", "naive mAIHT"), (2 * config.iterations + config.refine_iterations) * product),
+        **dict.fromkeys(("aiht", "iht"), (config.iterations + config.refine_iterations) * product),
+        # Cholesky and a triangular inverse, a third of n³ each; the updates of later columns, half a product.
+        "sparsegpt": 2 * cube / 3 + product / 2,
+        # Cholesky and the inverse from it; A·B and a product a step.
+        "admm": cube + (1 + admm.STEPS) * product,
+    }.get(method, 0)
+
+
 def timed(action: Callable[[], Any], device: str) -> tuple[float, Any]:
     if device != "cpu":
         torch.cuda.synchronize()
@@ -190,7 +204,7 @@ def bench_layer(name: str, weight: Tensor, gram: Tensor, args: argparse.Namespac
                 "method": key,
                 "seconds": taken,
                 "times_bare_products": taken / product_seconds,
-                "fraction_of_product_rate": product_seconds / taken if key == "maiht" else None,
+                "fraction_of_product_rate": algebra_flops(key, weight.shape, config) / taken * product_seconds / flops,
                 "product_gflops": flops / product_seconds / 1e9,
                 "relative_error": error_of(pruned, weight, gram),
                 "peak_weight_matrices": peak / (weight.numel() * config.dtype.itemsize) if peak else None,

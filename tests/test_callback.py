@@ -3,6 +3,10 @@
 import csv
 import json
 import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,6 +195,44 @@ def test_a_logger_that_fails_costs_nothing(module, text, tmp_path):
     with pytest.warns(UserWarning, match="could not log the pruning"):
         trainer(pruning(tmp_path), logger=Broken(tmp_path)).fit(module)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_several_loggers_at_once(module, text, tmp_path):
+    import wandb
+
+    (tmp_path / "run").mkdir()
+    csv_logger = CSVLogger(tmp_path / "csv")
+    loggers = [WandbLogger(save_dir=tmp_path / "run", offline=True), csv_logger]
+    trainer(pruning(tmp_path), logger=loggers).fit(module)
+    wandb.finish()
+    history, _ = read_run(tmp_path / "run")
+    of_wandb = {key: value for row in history for key, value in row.items()}
+    with open(csv_logger.log_dir + "/metrics.csv") as file:
+        of_csv = {key: value for row in csv.DictReader(file) for key, value in row.items() if value}
+    for key in ("dense/perplexity/random", "pruned/perplexity/random", "pruned/sparsity", "seconds/solve"):
+        assert float(of_csv[key]) == pytest.approx(of_wandb[key], rel=1e-6)
+
+
+def test_a_page_that_cannot_be_drawn_costs_nothing(module, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("maiht_lightning.reporting.run_report.draw_figures", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match=r"report in .* could not be written: ZeroDivisionError"):
+        trainer(pruning(tmp_path)).fit(module)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_works_where_wandb_is_not_installed(tmp_path):
+    """In a process of its own, in which wandb cannot be imported."""
+    program = """
+        import sys
+        sys.modules["wandb"] = None
+        import pytest
+        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "TESTS", "-k", "csv_logger or costs_nothing"]))
+    """.replace("TESTS", str(Path(__file__)))
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "3 passed" in done.stdout
 
 
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, lambda: StochasticWeightAveraging(swa_lrs=1e-3)])
