@@ -22,7 +22,7 @@ from maiht_lightning.data.calibration import CalibrationSource
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.evaluation.settings import Evaluation, Measurement
 from maiht_lightning.sparsity import count_zeros
-from wandb_file import read_run
+from wandb_file import artifact_files, read_run
 
 LAYERS = 14
 
@@ -159,11 +159,12 @@ def test_offline_wandb_run_holds_curves_stages_table_and_settings(module, text, 
     import wandb
 
     (tmp_path / "run").mkdir()
-    trainer(pruning(tmp_path), logger=WandbLogger(save_dir=tmp_path / "run", offline=True), log_every_n_steps=1).fit(
-        module
-    )
+    logger = WandbLogger(save_dir=tmp_path / "run", offline=True)
+    trainer(pruning(tmp_path, compact=True), logger=logger, log_every_n_steps=1).fit(module)
     wandb.finish()
     history, config = read_run(tmp_path / "run")
+    assert "compact.json" in artifact_files(tmp_path / "run", "model")
+    assert config["pruned_model"]["class"] == "LlamaForCausalLM"
     blocks = [row for row in history if "prune/relative_error" in row]
     assert [row["prune/block"] for row in blocks] == [0, 1]
     with (tmp_path / "run" / "layers.csv").open() as file:

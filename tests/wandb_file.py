@@ -55,3 +55,11 @@ def _read(path):
 
 def _values(items):
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def artifact_files(folder, kind):
+    """Names of the files in the artifacts of a type that the only offline run below a folder has logged."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    requests = [r.request.log_artifact.artifact for r in records(path) if r.WhichOneof("record_type") == "request"]
+    artifacts = [r.artifact for r in records(path) if r.WhichOneof("record_type") == "artifact"] + requests
+    return {entry.path for artifact in artifacts if artifact.type == kind for entry in artifact.manifest.contents}

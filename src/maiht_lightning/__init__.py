@@ -16,8 +16,10 @@ _HOME = {
     "Perplexity": "evaluation.perplexity",
     "PruningReport": "pruner",
     "WikiText2DataModule": "data.wikitext2",
+    "load_compact": "export",
     "prune": "pruner",
     "prune_layer": "solvers",
+    "save_compact": "export",
 }
 __all__ = list(_HOME)
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from .data.c4 import C4Calibration as C4Calibration
     from .data.wikitext2 import WikiText2DataModule as WikiText2DataModule
     from .evaluation.perplexity import Perplexity as Perplexity
+    from .export import load_compact as load_compact
+    from .export import save_compact as save_compact
     from .module import CausalLMModule as CausalLMModule
     from .pruner import PruningReport as PruningReport
     from .pruner import prune as prune

@@ -1,7 +1,7 @@
 """`maiht`: LightningCLI with pruning.
 
-Commands: `fit` (train, then prune), `prune` (no training), `validate` and `test`, which have a Trainer; `evaluate` and
-`report`, which have none (see `commands`).
+Commands: `fit` (train, then prune), `prune` (no training), `validate` and `test`, which have a Trainer; `evaluate`,
+`report` and `export`, which have none (see `commands`).
 """
 
 import os
@@ -115,7 +115,8 @@ class MAIHTCLI(LightningCLI):
             parser_kwargs={
                 "prog": "maiht",
                 "description": "Fine-tune a causal language model and prune it in one shot. Beside the subcommands "
-                "below: `maiht evaluate --help` measures any model, `maiht report --help` compares runs.",
+                "below: `maiht evaluate --help` measures any model, `maiht report --help` compares runs, `maiht export "
+                "--help` writes compact files.",
             },
             args=args,
         )

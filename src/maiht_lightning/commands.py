@@ -1,4 +1,4 @@
-"""The commands of `maiht` that need no Trainer: `evaluate` and `report`."""
+"""The commands of `maiht` that need no Trainer: `evaluate`, `report` and `export`."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from .evaluation.settings import Evaluation
+from .export import save_compact
 from .loading import load_model, load_tokenizer
 from .reporting.compare import comparison, write_comparison
 from .reporting.run_folder import fresh_run_folder
@@ -69,4 +70,18 @@ def report(args: list[str]) -> None:
         print(f"Published: {publish(runs, settings.entity, settings.project)}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"evaluate": evaluate, "report": report}
+def export(args: list[str]) -> None:
+    """Write a pruned model in compact files."""
+    parser = ArgumentParser(prog="maiht export", description="Write a pruned model in compact files.")
+    parser.add_argument("--model", type=str, required=True, help="Hugging Face hub name or model folder.")
+    parser.add_argument("--output", type=str, required=True, help="Folder for the compact model.")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="Format of the weights.")
+    settings = parser.parse_args(args)
+    model = load_model(settings.model, DTYPES[settings.dtype])
+    folder = save_compact(model, settings.output, tokenizer=load_tokenizer(settings.model))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(f"{folder}: {size / 2**20:.1f} MiB instead of {dense / 2**20:.1f} MiB; maiht_lightning.load_compact loads it")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"evaluate": evaluate, "report": report, "export": export}

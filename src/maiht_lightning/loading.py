@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .export import INDEX, load_compact
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,8 +29,8 @@ def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> "PreTra
     """Load a causal language model.
 
     Args:
-        name_or_path: A Hugging Face hub name; a local folder; a `.gguf` file, whose weights are dequantised; or
-            the path of a `config.json`, for random weights from torch's global generator.
+        name_or_path: A Hugging Face hub name; a local folder, also a compact one; a `.gguf` file, whose weights
+            are dequantised; or the path of a `config.json`, for random weights from torch's global generator.
         dtype: Floating-point format of the weights.
 
     Raises:
@@ -50,6 +52,8 @@ def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> "PreTra
         return plain
     if path.suffix == ".json":
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+    if (path / INDEX).exists():
+        return load_compact(path, dtype)
     return AutoModelForCausalLM.from_pretrained(path if path.exists() else name_or_path, dtype=dtype)
 
 

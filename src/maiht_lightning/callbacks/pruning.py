@@ -18,9 +18,10 @@ from ..capture import find_blocks, find_linears, weight_of
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource, check_at_least
 from ..evaluation.settings import Evaluation, Measurement, context_length
+from ..export import save_compact
 from ..pruner import PruningReport, check_windows, prune
 from ..reporting.environment import environment
-from ..reporting.loggers import finish_pruning, log_block, log_figures, log_stage, start_pruning
+from ..reporting.loggers import finish_pruning, log_block, log_figures, log_model, log_stage, start_pruning
 from ..reporting.run_folder import Summary, fresh_run_folder, write_layers
 from ..reporting.run_report import write_report
 from ..reporting.tables import print_run
@@ -55,6 +56,8 @@ class MAIHTPruning(Callback):
         model: Dotted path of the Hugging Face model in the LightningModule. None: it is found.
         tokenizer: Name or folder of the tokenizer. None: the LightningModule's, or the model's own.
         batch_size: Windows a calibration forward pass.
+        compact: Also save the pruned model as `model_compact/`, much smaller, for `load_compact`; W&B gets it as an
+            artifact.
         output_dir: The run's folder. None: a fresh one in `runs/` under the Trainer's `default_root_dir`.
 
     Raises:
@@ -81,6 +84,7 @@ class MAIHTPruning(Callback):
         model: str | None = None,
         tokenizer: str | None = None,
         batch_size: int = 1,
+        compact: bool = False,
         output_dir: str | None = None,
     ) -> None:
         self.method = check_method(method)
@@ -90,6 +94,7 @@ class MAIHTPruning(Callback):
         self.calibration = C4Calibration() if calibration is None else calibration
         self.evaluation = evaluation
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.compact = compact
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.report: PruningReport | None = None
         self.summary = Summary(self.method, self.pattern.sparsity, self.pattern.name)
@@ -161,7 +166,9 @@ class MAIHTPruning(Callback):
         model, step = find_language_model(pl_module, self.model), trainer.global_step
         # Gradients are of no more use, and as large as the model.
         pl_module.zero_grad(set_to_none=True)
-        start_pruning(trainer.loggers, {"pruned_with": self._settings(), "environment": environment()})
+        described = {"class": type(model).__name__, "name_or_path": model.config.name_or_path}
+        settings = {"pruned_model": described, "pruned_with": self._settings(), "environment": environment()}
+        start_pruning(trainer.loggers, settings)
 
         self._measure("dense", trainer, pl_module)
         with trainer.precision_plugin.forward_context():
@@ -178,7 +185,10 @@ class MAIHTPruning(Callback):
             )
         # Saved first: whatever goes wrong after this, the pruned model is on disk.
         model.save_pretrained(self.output_dir / "model")
-        find_tokenizer(pl_module, model, self.tokenizer).save_pretrained(self.output_dir / "model")
+        tokenizer = find_tokenizer(pl_module, model, self.tokenizer)
+        tokenizer.save_pretrained(self.output_dir / "model")
+        if self.compact:
+            save_compact(model, self.output_dir / "model_compact", tokenizer=tokenizer)
         self.report = report
         self.summary.measured_sparsity = report.sparsity
         self.summary.seconds["capture"] = report.capture_seconds
@@ -187,6 +197,8 @@ class MAIHTPruning(Callback):
         self._measure("pruned", trainer, pl_module)
         finish_pruning(trainer.loggers, self.summary, report.layers, step)
         log_figures(trainer.loggers, write_report(self.output_dir, self.summary, report.layers, self._settings()), step)
+        if self.compact:
+            log_model(trainer.loggers, self.output_dir / "model_compact")
         print_run(self.summary, report.layers, str(self.output_dir))
 
     def _measure(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -103,6 +103,20 @@ def log_figures(loggers: Sequence[Logger], figures: dict[str, Path], global_step
     _each(loggers, draw)
 
 
+def log_model(loggers: Sequence[Logger], folder: Path) -> None:
+    """Log a model's folder to W&B as an artifact."""
+
+    def upload(logger: Logger) -> None:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            artifact = wandb.Artifact(f"pruned-{logger.experiment.id}", type="model")
+            artifact.add_dir(str(folder))
+            logger.experiment.log_artifact(artifact)
+
+    _each(loggers, upload)
+
+
 def _each(loggers: Sequence[Logger], action: Callable[[Logger], None]) -> None:
     for logger in loggers:
         try:

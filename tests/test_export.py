@@ -1,0 +1,135 @@
+"""Compact files: the same model back, bit for bit, and really smaller."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from maiht_lightning import load_compact, prune, save_compact
+from maiht_lightning.cli import main
+from maiht_lightning.export import pack_mask, unpack_mask
+from maiht_lightning.loading import load_model, load_tokenizer
+
+WINDOWS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def sparse(tiny_llama):
+    model = tiny_llama(vocab_size=64)
+    prune(model, WINDOWS, sparsity=0.6, method="wanda", progress=False)
+    return model
+
+
+def same(one, two):
+    first, second = one.state_dict(), two.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
+
+
+def size(folder):
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(0, 9), columns=st.integers(1, 21), seed=st.integers(0, 99))
+def test_bits_are_numpys(rows, columns, seed):
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) > 0.5
+    packed = pack_mask(mask)
+    assert np.array_equal(packed.numpy(), np.packbits(mask.numpy()))
+    assert torch.equal(unpack_mask(packed, mask.shape), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_model_comes_back(sparse, tmp_path, dtype):
+    sparse = sparse.to(dtype)
+    folder = save_compact(sparse, tmp_path / "compact")
+    loaded = load_compact(folder)
+    same(loaded, sparse)
+    sparse.save_pretrained(tmp_path / "dense")
+    assert torch.equal(loaded(WINDOWS).logits, load_model(str(tmp_path / "dense"), dtype)(WINDOWS).logits)
+    same(load_model(str(folder), dtype), sparse)
+
+
+def test_tied_heads_stay_tied(tiny_llama, tmp_path):
+    model = tiny_llama(vocab_size=64, tie_word_embeddings=True)
+    prune(model, WINDOWS, method="magnitude", progress=False)
+    loaded = load_compact(save_compact(model, tmp_path / "compact"))
+    same(loaded, model)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_really_smaller(sparse, tmp_path):
+    sparse = sparse.half()
+    sparse.save_pretrained(tmp_path / "dense")
+    save_compact(sparse, tmp_path / "compact")
+    linears = sum(p.numel() for name, p in sparse.named_parameters() if "_proj" in name)
+    saved = size(tmp_path / "dense") - size(tmp_path / "compact")
+    expected = linears * (2 * 0.6 - 1 / 8)
+    assert abs(saved - expected) < 0.05 * expected + 4096  # headers
+
+
+def test_a_dense_model_stays_as_it_is(tiny_llama, tmp_path):
+    model = tiny_llama(vocab_size=64)
+    folder = save_compact(model, tmp_path / "compact")
+    assert json.loads((folder / "compact.json").read_text())["shapes"] == {}
+    same(load_compact(folder), model)
+
+
+def test_an_older_compact_model_is_replaced_and_other_files_are_not(sparse, tmp_path):
+    folder = save_compact(sparse, tmp_path / "compact")
+    other = copy.deepcopy(sparse)
+    other.model.norm.weight.data += 1
+    save_compact(other, folder)
+    same(load_compact(folder), other)
+    assert not (tmp_path / "compact.partial").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").touch()
+    with pytest.raises(ValueError, match="other files than a compact model"):
+        save_compact(sparse, tmp_path / "photos")
+    assert (tmp_path / "photos" / "one.jpg").exists()
+
+
+def test_damage_is_named(sparse, tmp_path):
+    folder = save_compact(sparse, tmp_path / "compact")
+    block = folder / "block_00001.safetensors"
+    tensors = load_file(block)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, f"{name}.values": tensors[f"{name}.values"][1:].contiguous()}, block)
+    with pytest.raises(ValueError, match=rf"{name} has \d+ values for \d+ weights"):
+        load_compact(folder)
+    save_file({n: t for n, t in tensors.items() if not n.startswith(name)}, block)
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        load_compact(folder)
+    block.unlink()
+    with pytest.raises(ValueError, match=r"block_00001\.safetensors is missing"):
+        load_compact(folder)
+    index = json.loads((folder / "compact.json").read_text())
+    (folder / "compact.json").write_text(json.dumps({**index, "version": 2}))
+    with pytest.raises(ValueError, match="version 1 or older, found 'maiht-compact', 2"):
+        load_compact(folder)
+    with pytest.raises(ValueError, match="no compact model"):
+        load_compact(tmp_path)
+
+
+def test_export_and_evaluate_from_the_command_line(tiny_folder, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    model = load_model(str(tiny_folder))
+    prune(model, WINDOWS, sparsity=0.75, method="magnitude", progress=False)
+    model.save_pretrained("pruned")
+    tokenizer.save_pretrained("pruned")
+    main(["export", "--model", "pruned", "--output", "compact"])
+    assert "compact" in capsys.readouterr().out
+    same(load_model("compact"), model)
+    assert load_tokenizer("compact")("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+    for folder in ("pruned", "compact"):
+        options = ["--perplexity", "[fox.txt]", "--seqlen", "32", "--output", f"{folder}.json"]
+        main(["evaluate", "--model", folder, *options])
+    found = [json.loads((tmp_path / f"{folder}.json").read_text()) for folder in ("pruned", "compact")]
+    assert found[0]["perplexity"] == found[1]["perplexity"]
+    assert found[1]["sparsity"] == 0.75
