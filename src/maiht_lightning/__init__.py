@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 _HOME = {
     "C4Calibration": "data.c4",
     "CausalLMModule": "module",
+    "FrozenSparsity": "callbacks.frozen",
     "LayerResult": "solvers",
     "MAIHTConfig": "solvers",
     "MAIHTPruning": "callbacks.pruning",
     "Perplexity": "evaluation.perplexity",
     "PruningReport": "pruner",
     "WikiText2DataModule": "data.wikitext2",
+    "freeze": "frozen",
     "load_compact": "export",
     "prune": "pruner",
     "prune_layer": "solvers",
@@ -24,12 +26,14 @@ _HOME = {
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
+    from .callbacks.frozen import FrozenSparsity as FrozenSparsity
     from .callbacks.pruning import MAIHTPruning as MAIHTPruning
     from .data.c4 import C4Calibration as C4Calibration
     from .data.wikitext2 import WikiText2DataModule as WikiText2DataModule
     from .evaluation.perplexity import Perplexity as Perplexity
     from .export import load_compact as load_compact
     from .export import save_compact as save_compact
+    from .frozen import freeze as freeze
     from .module import CausalLMModule as CausalLMModule
     from .pruner import PruningReport as PruningReport
     from .pruner import prune as prune

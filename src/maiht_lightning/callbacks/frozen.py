@@ -1,0 +1,103 @@
+"""`FrozenSparsity`: a fit that keeps the zeros of a pruned model."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ..frozen import FrozenZeros, LostZerosError, freeze
+from .language_model import find_language_model
+
+
+class FrozenSparsity(Callback):
+    """Fine-tune a pruned model with its zeros frozen.
+
+    The zeros that the linear layers of the decoder blocks have when training starts stay zero, with any optimizer:
+    gradients are masked before they are clipped, the optimizer's moments of frozen weights are zero, and the weights
+    are masked again after every step, so that weight decay, momentum and rounding change nothing. All zeros are
+    verified after each epoch and at the end of training.
+
+    Nothing is stored in checkpoints: the weights in them hold the zeros, and a resumed fit finds them there.
+
+    Note:
+        Averaging callbacks (EMA, SWA) keep zeros only if they start from the pruned weights; what they leave is
+        verified when training ends.
+
+    Args:
+        model: Dotted path of the Hugging Face model in the LightningModule. None: it is found.
+
+    Raises:
+        MisconfigurationException: The model has no zeros, or zeros were lost.
+
+    Example::
+
+        module = CausalLMModule("runs/NAME/model")
+        Trainer(max_epochs=1, callbacks=[FrozenSparsity()]).fit(module, WikiText2DataModule())
+    """
+
+    def __init__(self, model: str | None = None) -> None:
+        self.model = model
+        self.frozen: FrozenZeros | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the zeros, after a checkpoint was loaded, and clear the optimizer's memory of them."""
+        self._remove_hooks()
+        try:
+            self.frozen = freeze(find_language_model(pl_module, self.model))
+        except ValueError as error:
+            raise MisconfigurationException(f"FrozenSparsity: {error}") from error
+        for optimizer in trainer.optimizers:
+            self.frozen.apply_to_optimizer(optimizer)
+            # Right after the step, and not at the batch's end: a module may step several times in a batch.
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._mask_weights()))
+        rank_zero_info(f"FrozenSparsity: {self.frozen.count:,} zeros in {len(self.frozen.zeros)} layers stay zero")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Mask the gradients; Lightning clips them after this."""
+        if self.frozen is not None:
+            self.frozen.apply_to_gradients()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Verify the zeros."""
+        self._verify()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Verify the zeros."""
+        self._remove_hooks()
+        self._verify()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Verify the zeros again, after other callbacks had their turn, where the weights are what a user gets."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, StochasticWeightAveraging | WeightAveraging) for callback in callbacks):
+            self._verify()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hooks behind; Lightning calls no `teardown` then."""
+        self._remove_hooks()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hooks behind."""
+        self._remove_hooks()
+
+    def _mask_weights(self) -> None:
+        if self.frozen is not None:
+            self.frozen.apply_to_weights()
+
+    def _verify(self) -> None:
+        if self.frozen is None:
+            return
+        try:
+            self.frozen.verify()
+        except LostZerosError as error:
+            raise MisconfigurationException(f"FrozenSparsity: {error}") from error
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -1,0 +1,147 @@
+"""Keeping the zeros of a pruned model while it is trained on."""
+
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from .capture import find_blocks, find_linears
+
+
+class LostZerosError(RuntimeError):
+    """Weights that were frozen at zero are no longer zero; the message names their layers."""
+
+
+def freeze(model: nn.Module) -> "FrozenZeros":
+    """Freeze the zeros that a model has now, for a training loop of one's own.
+
+    As a context it does everything by itself: inside, gradients are masked as they are accumulated, weights and
+    optimizer state after each step of any optimizer that holds the model's parameters, and at the end the zeros are
+    verified. Or call its methods: `apply_to_gradients` before clipping, `apply_to_weights` after the step.
+
+    Args:
+        model: A causal language model whose decoder blocks have zeros in their linear layers, such as `prune` leaves.
+
+    Raises:
+        ValueError: The model has no decoder blocks, or no zeros in their linear layers.
+
+    Example::
+
+        with freeze(model):
+            for batch in data:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    """
+    return FrozenZeros(model)
+
+
+class FrozenZeros:
+    """The zeros of a model's linear layers at one moment, and what keeps them.
+
+    A mask takes a byte a weight, on the weight's device. See `freeze`.
+
+    Attributes:
+        zeros: By the layer's name, a boolean mask of its weight's shape, True where it is frozen at 0.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module) -> None:
+        blocks = find_blocks(model)
+        self._weights: dict[str, nn.Parameter] = {}
+        self.zeros: dict[str, Tensor] = {}
+        for index, block in enumerate(blocks.modules):
+            for name, linear in find_linears(block).items():
+                weight = linear.weight
+                assert isinstance(weight, nn.Parameter)
+                zero = weight == 0
+                if bool(zero.any()):
+                    self._weights[f"{blocks.path}.{index}.{name}"] = weight
+                    self.zeros[f"{blocks.path}.{index}.{name}"] = zero
+        if not self.zeros:
+            raise ValueError(
+                f"{type(model).__name__} has no zeros to freeze in the linear layers of its {len(blocks.modules)} "
+                f"decoder blocks: prune it first, or load the pruned model"
+            )
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def count(self) -> int:
+        """Frozen weights in all."""
+        return sum(int(zero.sum()) for zero in self.zeros.values())
+
+    @torch.no_grad()
+    def apply_to_gradients(self) -> None:
+        """Zero the gradients of frozen weights. Before clipping, so that the norm is that of the others."""
+        for name, weight in self._weights.items():
+            if weight.grad is not None:
+                weight.grad.masked_fill_(self._zero(name, weight), 0)
+
+    @torch.no_grad()
+    def apply_to_weights(self) -> None:
+        """Set frozen weights back to 0, which weight decay, momentum and rounding may have moved."""
+        for name, weight in self._weights.items():
+            weight.masked_fill_(self._zero(name, weight), 0)
+
+    @torch.no_grad()
+    def apply_to_optimizer(self, optimizer: Optimizer) -> None:
+        """Zero what an optimizer remembers of frozen weights: moments gathered before the pruning would move them."""
+        for name, weight in self._weights.items():
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.masked_fill_(self._zero(name, value), 0)
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Raise `LostZerosError` unless all frozen weights are 0; the device is waited for once."""
+        counts = torch.stack(
+            [
+                (weight.masked_select(self._zero(name, weight)) != 0).sum().cpu()
+                for name, weight in self._weights.items()
+            ]
+        )
+        lost = {name: int(number) for name, number in zip(self._weights, counts, strict=True) if number}
+        if lost:
+            first = next(iter(lost))
+            raise LostZerosError(
+                f"{sum(lost.values())} zeros were lost in {len(lost)} layers, {first} first ({lost[first]}): something "
+                f"changed the weights after the optimizer's step, such as another callback or a loaded checkpoint"
+            )
+
+    def __enter__(self) -> Self:
+        for name, weight in self._weights.items():
+            if weight.requires_grad:
+                self._handles.append(
+                    weight.register_post_accumulate_grad_hook(lambda weight, name=name: self._mask(name, weight))
+                )
+        self._handles.append(register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if error is None:
+            self.verify()
+
+    @torch.no_grad()
+    def _mask(self, name: str, weight: Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad.masked_fill_(self._zero(name, weight), 0)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(weight) in held for weight in self._weights.values()):
+            self.apply_to_weights()
+
+    def _zero(self, name: str, like: Tensor) -> Tensor:
+        # The model may have been moved since.
+        if self.zeros[name].device != like.device:
+            self.zeros[name] = self.zeros[name].to(like.device)
+        return self.zeros[name]

@@ -1,0 +1,281 @@
+"""Training with frozen zeros, against a loop that multiplies every weight by its mask inside the forward pass."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils.data import DataLoader
+
+from maiht_lightning import FrozenSparsity, freeze, prune
+from maiht_lightning.frozen import LostZerosError
+
+BATCHES = torch.randint(0, 64, (100, 4, 16), generator=torch.Generator().manual_seed(3))
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1, foreach=False),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1, fused=True),
+    "AMSGrad": lambda p: torch.optim.Adam(p, lr=3e-3, amsgrad=True, weight_decay=0.01),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+}
+STEPS = 50
+
+
+@pytest.fixture
+def sparse(tiny_llama):
+    """A small pruned LLaMA in training mode."""
+    model = tiny_llama(vocab_size=64, hidden_size=32, intermediate_size=48)
+    prune(model, BATCHES[90], sparsity=0.6, method="wanda", progress=False)
+    return model.train()
+
+
+def masks_of(model):
+    return {name: p != 0 for name, p in model.named_parameters() if "_proj" in name}
+
+
+def loss_of(model, batch, parameters=None):
+    arguments = {"input_ids": batch, "labels": batch, "use_cache": False}
+    if parameters is None:
+        return model(**arguments).loss
+    return torch.func.functional_call(model, parameters, kwargs=arguments).loss
+
+
+def reference(model, optimizer_of, batches=BATCHES, clip=1.0, accumulate=1):
+    """Weights are multiplied by masks inside the forward pass. Returns the losses."""
+    masks, optimizer, losses = masks_of(model), optimizer_of(model.parameters()), []
+    for some in batches[: STEPS * accumulate].split(accumulate):
+        for batch in some:
+            effective = {n: p * masks[n] if n in masks else p for n, p in model.named_parameters()}
+            loss = loss_of(model, batch, effective)
+            losses.append(float(loss.detach()))
+            (loss / accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+class Module(LightningModule):
+    def __init__(self, model, optimizer_of=OPTIMIZERS["AdamW"], batches=BATCHES):
+        super().__init__()
+        self.lm, self.optimizer_of, self.batches, self.losses = model, optimizer_of, batches, []
+
+    def training_step(self, batch, batch_idx):
+        loss = loss_of(self.lm, batch[0])
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self):
+        return self.optimizer_of(self.parameters())
+
+    def train_dataloader(self):
+        return DataLoader(self.batches, batch_size=1)
+
+
+def trainer(*callbacks, **settings):
+    defaults = {
+        "max_steps": STEPS,
+        "gradient_clip_val": 1.0,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(callbacks=list(callbacks), **{**defaults, **settings})
+
+
+def check(model, masks, start):
+    """Zeros are exactly where they were, and everything else has moved."""
+    for name, mask in masks.items():
+        weight = dict(model.named_parameters())[name]
+        assert not weight[~mask].any(), name
+        assert (weight[mask] != start[name][mask]).all(), name
+
+
+def copy_of(model, tiny_llama, **config):
+    other = tiny_llama(vocab_size=64, hidden_size=32, intermediate_size=48, **config).train()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_as_with_masks_in_the_forward_pass(sparse, tiny_llama, name):
+    other = copy_of(sparse, tiny_llama)
+    masks, start = masks_of(sparse), {n: p.detach().clone() for n, p in sparse.named_parameters()}
+    expected = reference(other, OPTIMIZERS[name])
+    module = Module(sparse, OPTIMIZERS[name])
+    trainer(FrozenSparsity()).fit(module)
+    check(sparse, masks, start)
+    assert module.losses == pytest.approx(expected, rel=1e-5)
+    for (parameter, weight), twin in zip(sparse.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, twin * masks.get(parameter, 1), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_plain_loop_with_the_context(sparse, tiny_llama, name):
+    other = copy_of(sparse, tiny_llama)
+    masks, start = masks_of(sparse), {n: p.detach().clone() for n, p in sparse.named_parameters()}
+    expected, losses = reference(other, OPTIMIZERS[name]), []
+    optimizer = OPTIMIZERS[name](sparse.parameters())
+    with freeze(sparse):
+        for batch in BATCHES[:STEPS]:
+            loss = loss_of(sparse, batch)
+            losses.append(float(loss.detach()))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(sparse.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    check(sparse, masks, start)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert not _global_optimizer_post_hooks
+    assert not any(p._post_accumulate_grad_hooks for p in sparse.parameters())
+
+
+def test_a_plain_loop_by_hand(sparse, tiny_llama):
+    other = copy_of(sparse, tiny_llama)
+    expected, losses = reference(other, OPTIMIZERS["AdamW"]), []
+    frozen, optimizer = freeze(sparse), OPTIMIZERS["AdamW"](sparse.parameters())
+    for batch in BATCHES[:STEPS]:
+        loss = loss_of(sparse, batch)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        frozen.apply_to_gradients()
+        torch.nn.utils.clip_grad_norm_(sparse.parameters(), 1.0)
+        optimizer.step()
+        frozen.apply_to_weights()
+        optimizer.zero_grad()
+    frozen.verify()
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_accumulation(sparse, tiny_llama):
+    other = copy_of(sparse, tiny_llama)
+    expected = reference(other, OPTIMIZERS["AdamW"], accumulate=2)
+    module = Module(sparse)
+    trainer(FrozenSparsity(), accumulate_grad_batches=2).fit(module)
+    assert module.losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "SGD", "Adafactor"])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision(sparse, precision, name):
+    """Zeros stay exactly zero. In bfloat16 a small update may round away: most, not all, weights move."""
+    masks = masks_of(sparse)
+    start = {n: p.detach().clone() for n, p in sparse.named_parameters()}
+    # Lightning does not clip for a fused optimizer under mixed precision.
+    clip = None if (precision, name) == ("bf16-mixed", "AdamW fused") else 1.0
+    # Adafactor's steps are relative to the size of the weights, and too small for bfloat16 at the usual rate.
+    optimizer_of = (lambda p: torch.optim.Adafactor(p, lr=0.3)) if name == "Adafactor" else OPTIMIZERS[name]
+    trainer(FrozenSparsity(), precision=precision, gradient_clip_val=clip).fit(Module(sparse, optimizer_of))
+    moved = total = 0
+    for parameter, mask in masks.items():
+        weight = dict(sparse.named_parameters())[parameter]
+        assert not weight[~mask].any()
+        moved += int((weight[mask] != start[parameter].to(weight.dtype)[mask]).sum())
+        total += int(mask.sum())
+    assert moved == total if precision == "bf16-mixed" else moved > 0.9 * total
+
+
+def test_gradient_checkpointing(sparse, tiny_llama):
+    other = copy_of(sparse, tiny_llama)
+    expected = reference(other, OPTIMIZERS["AdamW"])
+    sparse.gradient_checkpointing_enable({"use_reentrant": False})
+    module = Module(sparse)
+    trainer(FrozenSparsity()).fit(module)
+    assert module.losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_moments_from_before_the_pruning_are_cleared(sparse):
+    """Dense training first: Adam remembers weights that are pruned afterwards."""
+    optimizer = OPTIMIZERS["AdamW"](sparse.parameters())
+    for batch in BATCHES[:5]:
+        loss_of(sparse, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    prune(sparse, BATCHES[90], sparsity=0.6, method="wanda", progress=False)
+    frozen = freeze(sparse)
+    frozen.apply_to_optimizer(optimizer)
+    for name, zero in frozen.zeros.items():
+        state = optimizer.state[sparse.get_submodule(name).weight]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not state[moment][zero].any()
+            assert state[moment][~zero].any()
+        assert state["step"] == 5
+
+
+@pytest.mark.parametrize("steps", [20, 30])
+def test_resumed_from_a_checkpoint_as_uninterrupted(sparse, tiny_llama, tmp_path, steps):
+    other = copy_of(sparse, tiny_llama)
+    whole, epochs = Module(sparse), {"limit_train_batches": 10}  # checkpoints at an epoch's end need no more state
+    trainer(FrozenSparsity(), **epochs).fit(whole)
+    first = Module(other)
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=steps, save_top_k=-1)
+    trainer(FrozenSparsity(), saved, max_steps=steps, **epochs).fit(first)
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    again = Module(copy_of(sparse, tiny_llama, seed=9))
+    trainer(FrozenSparsity(), **epochs).fit(again, ckpt_path=checkpoint)
+    assert first.losses + again.losses == whole.losses
+    for one, two in zip(sparse.parameters(), again.lm.parameters(), strict=True):
+        assert torch.equal(one, two)
+    stored = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, mask in masks_of(sparse).items():
+        assert not stored[f"lm.{name}"][~mask].any()
+
+
+def test_zeros_that_get_lost_are_an_error(sparse):
+    class Regrow(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == STEPS:
+                pl_module.lm.model.layers[1].mlp.up_proj.weight.data += 1e-3
+
+    with pytest.raises(MisconfigurationException, match=r"zeros were lost in 1 layers, model\.layers\.1\.mlp\.up_proj"):
+        trainer(FrozenSparsity(), Regrow()).fit(Module(sparse))
+    frozen = freeze(sparse)
+    next(iter(frozen._weights.values())).data += 1
+    with pytest.raises(LostZerosError, match="1 layers"):
+        frozen.verify()
+
+
+def test_nothing_to_freeze_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="has no zeros to freeze"):
+        freeze(tiny_llama(vocab_size=64))
+    with pytest.raises(MisconfigurationException, match=r"FrozenSparsity: .* no zeros to freeze"):
+        trainer(FrozenSparsity()).fit(Module(tiny_llama(vocab_size=64)))
+
+
+def test_an_error_in_training_leaves_no_hooks(sparse):
+    optimizers = []
+
+    class Failing(Module):
+        def training_step(self, batch, batch_idx):
+            optimizers.append(self.trainer.optimizers[0])
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(FrozenSparsity()).fit(Failing(sparse))
+    assert not optimizers[0]._optimizer_step_post_hooks
+    with pytest.raises(RuntimeError, match="out of luck"), freeze(sparse):
+        raise RuntimeError("out of luck")
+    assert not _global_optimizer_post_hooks
+
+
+def test_a_module_that_steps_twice_a_batch(sparse):
+    class Manual(Module):
+        def __init__(self, model):
+            super().__init__(model)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            for _ in range(2):
+                optimizer.zero_grad()
+                self.manual_backward(loss_of(self.lm, batch[0]))
+                optimizer.step()
+                assert all(not dict(self.lm.named_parameters())[n][~m].any() for n, m in masks.items())
+
+    masks = masks_of(sparse)
+    trainer(FrozenSparsity(), gradient_clip_val=None, max_steps=10).fit(Manual(sparse))
