@@ -163,21 +163,27 @@ def test_gradient_accumulation(sparse, tiny_llama):
 @pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "SGD", "Adafactor"])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_half_precision(sparse, precision, name):
-    """Zeros stay exactly zero. In bfloat16 a small update may round away: most, not all, weights move."""
+    """Zeros stay exactly zero at every step, and all others move, though in bfloat16 some come back."""
     masks = masks_of(sparse)
     start = {n: p.detach().clone() for n, p in sparse.named_parameters()}
+    moved = {name: torch.zeros_like(mask) for name, mask in masks.items()}
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            for name, weight in sparse.named_parameters():
+                if name in masks:
+                    assert not weight[~masks[name]].any()
+                    moved[name] |= weight.detach() != start[name].to(weight.dtype)
+
     # Lightning does not clip for a fused optimizer under mixed precision.
     clip = None if (precision, name) == ("bf16-mixed", "AdamW fused") else 1.0
-    # Adafactor's steps are relative to the size of the weights, and too small for bfloat16 at the usual rate.
-    optimizer_of = (lambda p: torch.optim.Adafactor(p, lr=0.3)) if name == "Adafactor" else OPTIMIZERS[name]
-    trainer(FrozenSparsity(), precision=precision, gradient_clip_val=clip).fit(Module(sparse, optimizer_of))
-    moved = total = 0
-    for parameter, mask in masks.items():
-        weight = dict(sparse.named_parameters())[parameter]
-        assert not weight[~mask].any()
-        moved += int((weight[mask] != start[parameter].to(weight.dtype)[mask]).sum())
-        total += int(mask.sum())
-    assert moved == total if precision == "bf16-mixed" else moved > 0.9 * total
+    fit = trainer(FrozenSparsity(), Watch(), precision=precision, gradient_clip_val=clip).fit
+    fit(Module(sparse, OPTIMIZERS[name]))
+    # Adafactor's steps are small beside the weights: most of them round away in bfloat16, with or without masks.
+    if (precision, name) == ("bf16-true", "Adafactor"):
+        assert all(moved[name].any() for name in masks)
+        return
+    assert all(torch.equal(moved[name], mask) for name, mask in masks.items())
 
 
 def test_gradient_checkpointing(sparse, tiny_llama):
@@ -199,7 +205,8 @@ def test_moments_from_before_the_pruning_are_cleared(sparse):
     prune(sparse, BATCHES[90], sparsity=0.6, method="wanda", progress=False)
     frozen = freeze(sparse)
     frozen.apply_to_optimizer(optimizer)
-    for name, zero in frozen.zeros.items():
+    for name, kept in frozen.kept.items():
+        zero = kept == 0
         state = optimizer.state[sparse.get_submodule(name).weight]
         for moment in ("exp_avg", "exp_avg_sq"):
             assert not state[moment][zero].any()

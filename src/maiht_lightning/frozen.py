@@ -46,23 +46,24 @@ class FrozenZeros:
     A mask takes a byte a weight, on the weight's device. See `freeze`.
 
     Attributes:
-        zeros: By the layer's name, a boolean mask of its weight's shape, True where it is frozen at 0.
+        kept: By the layer's name, an int8 mask of its weight's shape: 0 where it is frozen at 0, else 1. Numbers, since
+            multiplying by them is twenty times faster on a CPU than filling by a boolean mask.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
         blocks = find_blocks(model)
         self._weights: dict[str, nn.Parameter] = {}
-        self.zeros: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
         for index, block in enumerate(blocks.modules):
             for name, linear in find_linears(block).items():
                 weight = linear.weight
                 assert isinstance(weight, nn.Parameter)
-                zero = weight == 0
-                if bool(zero.any()):
+                kept = (weight != 0).to(torch.int8)
+                if not bool(kept.all()):
                     self._weights[f"{blocks.path}.{index}.{name}"] = weight
-                    self.zeros[f"{blocks.path}.{index}.{name}"] = zero
-        if not self.zeros:
+                    self.kept[f"{blocks.path}.{index}.{name}"] = kept
+        if not self.kept:
             raise ValueError(
                 f"{type(model).__name__} has no zeros to freeze in the linear layers of its {len(blocks.modules)} "
                 f"decoder blocks: prune it first, or load the pruned model"
@@ -72,20 +73,20 @@ class FrozenZeros:
     @property
     def count(self) -> int:
         """Frozen weights in all."""
-        return sum(int(zero.sum()) for zero in self.zeros.values())
+        return sum(int((kept == 0).sum()) for kept in self.kept.values())
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Zero the gradients of frozen weights. Before clipping, so that the norm is that of the others."""
         for name, weight in self._weights.items():
             if weight.grad is not None:
-                weight.grad.masked_fill_(self._zero(name, weight), 0)
+                weight.grad.mul_(self._mask(name, weight))
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
         """Set frozen weights back to 0, which weight decay, momentum and rounding may have moved."""
         for name, weight in self._weights.items():
-            weight.masked_fill_(self._zero(name, weight), 0)
+            weight.mul_(self._mask(name, weight))
 
     @torch.no_grad()
     def apply_to_optimizer(self, optimizer: Optimizer) -> None:
@@ -93,16 +94,13 @@ class FrozenZeros:
         for name, weight in self._weights.items():
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value.masked_fill_(self._zero(name, value), 0)
+                    value.mul_(self._mask(name, value))
 
     @torch.no_grad()
     def verify(self) -> None:
         """Raise `LostZerosError` unless all frozen weights are 0; the device is waited for once."""
         counts = torch.stack(
-            [
-                (weight.masked_select(self._zero(name, weight)) != 0).sum().cpu()
-                for name, weight in self._weights.items()
-            ]
+            [((weight != 0) & (self._mask(name, weight) == 0)).sum().cpu() for name, weight in self._weights.items()]
         )
         lost = {name: int(number) for name, number in zip(self._weights, counts, strict=True) if number}
         if lost:
@@ -116,7 +114,9 @@ class FrozenZeros:
         for name, weight in self._weights.items():
             if weight.requires_grad:
                 self._handles.append(
-                    weight.register_post_accumulate_grad_hook(lambda weight, name=name: self._mask(name, weight))
+                    weight.register_post_accumulate_grad_hook(
+                        lambda weight, name=name: self._mask_gradient(name, weight)
+                    )
                 )
         self._handles.append(register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)))
         return self
@@ -131,17 +131,17 @@ class FrozenZeros:
             self.verify()
 
     @torch.no_grad()
-    def _mask(self, name: str, weight: Tensor) -> None:
+    def _mask_gradient(self, name: str, weight: Tensor) -> None:
         assert weight.grad is not None
-        weight.grad.masked_fill_(self._zero(name, weight), 0)
+        weight.grad.mul_(self._mask(name, weight))
 
     def _after_step(self, optimizer: Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(weight) in held for weight in self._weights.values()):
             self.apply_to_weights()
 
-    def _zero(self, name: str, like: Tensor) -> Tensor:
+    def _mask(self, name: str, like: Tensor) -> Tensor:
         # The model may have been moved since.
-        if self.zeros[name].device != like.device:
-            self.zeros[name] = self.zeros[name].to(like.device)
-        return self.zeros[name]
+        if self.kept[name].device != like.device:
+            self.kept[name] = self.kept[name].to(like.device)
+        return self.kept[name]

@@ -55,7 +55,7 @@ class FrozenSparsity(Callback):
             self.frozen.apply_to_optimizer(optimizer)
             # Right after the step, and not at the batch's end: a module may step several times in a batch.
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._mask_weights()))
-        rank_zero_info(f"FrozenSparsity: {self.frozen.count:,} zeros in {len(self.frozen.zeros)} layers stay zero")
+        rank_zero_info(f"FrozenSparsity: {self.frozen.count:,} zeros in {len(self.frozen.kept)} layers stay zero")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients; Lightning clips them after this."""
