@@ -34,6 +34,4 @@ def write_report(
 def command() -> str:
     """The command that started this process."""
     program = Path(sys.argv[0]).name
-    return shlex.join([program if program == "maiht" else f"python {program}", *sys.argv[1:]]).replace(
-        "'python ", "python '"
-    )
+    return shlex.join([*([] if program == "maiht" else ["python"]), program, *sys.argv[1:]])

@@ -111,20 +111,20 @@ class HardThresholding:
 
         For a fixed λ and with the plain candidate, F_λ(S) = f(S) + λ‖S‖₀ does not increase.
         """
+        # Y = S + a (Z − S) + b (S − S_previous), written in gradient steps and as two interpolations:
+        # (1 − a) ((1 − c) S_previous + c S) + a Z with c = 1 + b / (1 − a).
+        a, b = self.t_previous / self.t, (self.t_previous - 1) / self.t
+        c = 1 + b / (1 - a)
         first, last = self.candidates[0], self.candidates[-1]
         for candidate in self.candidates:
             candidate.loss, candidate.nonzeros = torch.zeros_like(penalty), torch.zeros_like(penalty)
         for part in self.slices.parts:
             target, stepped = self.slices.borrow(self.target, part), self.slices.borrow(self.stepped, part)
             points = [
-                (c, self.slices.borrow(c.value, part, read=False), self.slices.borrow(c.stepped, part))
-                for c in self.candidates
+                (point, self.slices.borrow(point.value, part, read=False), self.slices.borrow(point.stepped, part))
+                for point in self.candidates
             ]
             ahead = self.gradient[: len(stepped)]
-            # Y = S + a (Z − S) + b (S − S_previous), written in gradient steps and as two interpolations:
-            # (1 − a) ((1 − c) S_previous + c S) + a Z with c = 1 + b / (1 − a).
-            a, b = self.t_previous / self.t, (self.t_previous - 1) / self.t
-            c = 1 + b / (1 - a)
             if self.accelerated:
                 torch.mul(stepped, 1 - c, out=ahead)
             # From here on that of S, which the last iteration has chosen.
