@@ -128,3 +128,15 @@ def tiny_folder(tokenizer, tmp_path_factory):
         ).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def text(monkeypatch):
+    """Evaluation windows without a tokenizer."""
+    import torch
+
+    from maiht_lightning.evaluation.settings import Evaluation, Measurement
+
+    windows = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(Evaluation, "load", lambda self, *_: Measurement(self, {"random": windows}, {}))
+    return windows

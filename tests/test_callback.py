@@ -10,54 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from maiht_lightning import MAIHTPruning
-from maiht_lightning.data.calibration import CalibrationSource
 from maiht_lightning.evaluation.perplexity import perplexity
-from maiht_lightning.evaluation.settings import Evaluation, Measurement
 from maiht_lightning.sparsity import count_zeros
+from own_module import NoTokenizer, OwnModule, Windows, trainer
 from wandb_file import artifact_files, read_run
 
 LAYERS = 14
-
-
-class OwnModule(LightningModule):
-    """A LightningModule as somebody else writes it: other names, a step of its own."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.net = torch.nn.ModuleDict({"lm": model})
-        self.steps = 0
-
-    def training_step(self, batch, batch_idx):
-        self.steps += 1
-        return self.net["lm"](input_ids=batch, labels=batch, use_cache=False).loss
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-    def train_dataloader(self):
-        return DataLoader(torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(5)), batch_size=2)
-
-
-class Windows(CalibrationSource):
-    """A calibration source of somebody's own."""
-
-    def windows(self, tokenizer, seqlen):
-        return torch.randint(0, 64, (6, 32), generator=torch.Generator().manual_seed(1))
-
-
-class NoTokenizer:
-    """Stands in where no text is tokenized; saved beside the model."""
-
-    def save_pretrained(self, folder):
-        pass
 
 
 @pytest.fixture
@@ -67,28 +32,8 @@ def module(tiny_llama):
     return module
 
 
-@pytest.fixture
-def text(monkeypatch):
-    """Evaluation windows without a tokenizer."""
-    windows = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(Evaluation, "load", lambda self, *_: Measurement(self, {"random": windows}, {}))
-    return windows
-
-
 def pruning(tmp_path, **settings):
     return MAIHTPruning(calibration=Windows(), output_dir=str(tmp_path / "run"), **settings)
-
-
-def trainer(*callbacks, **settings):
-    settings = {"max_epochs": 1, "logger": False, **settings}
-    return Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **settings,
-    )
 
 
 @pytest.mark.parametrize(

@@ -10,22 +10,26 @@ __version__ = "0.1.0"
 _HOME = {
     "C4Calibration": "data.c4",
     "CausalLMModule": "module",
+    "Distillation": "callbacks.distillation",
     "FrozenSparsity": "callbacks.frozen",
     "LayerResult": "solvers",
     "MAIHTConfig": "solvers",
     "MAIHTPruning": "callbacks.pruning",
     "Perplexity": "evaluation.perplexity",
     "PruningReport": "pruner",
+    "SparseFinetune": "recovery",
     "WikiText2DataModule": "data.wikitext2",
     "freeze": "frozen",
     "load_compact": "export",
     "prune": "pruner",
     "prune_layer": "solvers",
     "save_compact": "export",
+    "sparse_finetune": "recovery",
 }
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
+    from .callbacks.distillation import Distillation as Distillation
     from .callbacks.frozen import FrozenSparsity as FrozenSparsity
     from .callbacks.pruning import MAIHTPruning as MAIHTPruning
     from .data.c4 import C4Calibration as C4Calibration
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
     from .module import CausalLMModule as CausalLMModule
     from .pruner import PruningReport as PruningReport
     from .pruner import prune as prune
+    from .recovery import SparseFinetune as SparseFinetune
+    from .recovery import sparse_finetune as sparse_finetune
     from .solvers import LayerResult as LayerResult
     from .solvers import MAIHTConfig as MAIHTConfig
     from .solvers import prune_layer as prune_layer

@@ -23,6 +23,7 @@ from .commands import COMMANDS
 # Imported so that their classes can be given by name alone, as in `--data WikiText2DataModule`.
 from .data import c4, python_docs, wikitext2  # noqa: F401
 from .module import CausalLMModule
+from .recovery import SparseFinetune, saved_phase, sparse_finetune
 from .reporting.loggers import log_settings
 from .reporting.run_folder import fresh_run_folder
 
@@ -101,7 +102,7 @@ def logger_settings(config: Namespace) -> list[Namespace]:
 
 
 class MAIHTCLI(LightningCLI):
-    """LightningCLI with a `pruning` section and a folder for the run."""
+    """LightningCLI with sections `pruning` and `sparse_finetune` and a folder for the run."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -142,16 +143,36 @@ class MAIHTCLI(LightningCLI):
         )
         parser.add_lightning_class_args(MAIHTPruning, "pruning")
         parser.link_arguments("output_dir", "pruning.output_dir")
+        parser.add_class_arguments(SparseFinetune, "sparse_finetune")
 
     def before_instantiate_classes(self) -> None:
         """Put the run and its loggers into the run's folder."""
         config = self.config[self.subcommand]
-        folder = config.output_dir or str(fresh_run_folder())
+        going_on = saved_phase(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path else None
+        folder = config.output_dir or (going_on or {}).get("output_dir") or str(fresh_run_folder())
+        if config.sparse_finetune.distillation:
+            config.pruning.save_dense = True
         config.output_dir = config.trainer.default_root_dir = config.pruning.output_dir = folder
         for settings in logger_settings(config):
             if settings.save_dir in (None, "."):
                 # Absolute, since W&B's own process may have been started in another folder.
                 settings.save_dir = str(Path(folder).absolute())
+
+    def fit(self, model: LightningModule, ckpt_path: str | None = None, **data: Any) -> None:
+        """Train and prune, and train on if asked to; a checkpoint is continued in the phase that has written it."""
+        settings: SparseFinetune = self.config_init[self.subcommand].sparse_finetune
+        going_on = ckpt_path is not None and saved_phase(ckpt_path) is not None
+        if going_on and not settings.wanted:
+            raise MisconfigurationException(
+                f"{ckpt_path} was written by a sparse fine-tune: to go on, give its max_epochs or max_steps"
+            )
+        if not going_on:
+            weights_only = data.pop("weights_only", None)
+            self.trainer.fit(model, ckpt_path=ckpt_path, weights_only=weights_only, **data)
+            ckpt_path = None
+        if settings.wanted:
+            data.pop("weights_only", None)
+            sparse_finetune(self.trainer, model, settings, ckpt_path=ckpt_path, **data)
 
     def after_instantiate_classes(self) -> None:
         """Make the run's folder, now that the settings are known to be right."""

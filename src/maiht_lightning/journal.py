@@ -128,6 +128,15 @@ class Journal:
             return None
 
 
+def read_records(folder: str | os.PathLike[str]) -> list[LayerRecord]:
+    """The layer records of all finished blocks in a journal's folder; none if there is no such folder."""
+    records: list[dict[str, Any]] = []
+    for path in sorted(Path(folder).glob("block_*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            records += json.loads(file.metadata()["records"])
+    return [LayerRecord(**{**record, "shape": tuple(record["shape"])}) for record in records]
+
+
 def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
     """Short digests of calibration windows and of a model's parameters: equal ones continue a journal.
 

@@ -1,6 +1,7 @@
 """A LightningModule around any Hugging Face causal language model."""
 
 from functools import cached_property
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,8 @@ class CausalLMModule(LightningModule):
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.gradient_checkpointing = gradient_checkpointing
+        # Epochs and optimizer steps of fits before this one on the same Trainer: its schedule begins after them.
+        self.earlier_epochs = self.earlier_steps = 0
         self.perplexity = Perplexity()
         self.model: PreTrainedModel | None = None
 
@@ -109,9 +112,23 @@ class CausalLMModule(LightningModule):
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self._scheduled_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup_fraction * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _scheduled_steps(self) -> int:
+        """Optimizer steps of this fit."""
+        steps = self.trainer.estimated_stepping_batches
+        if self.earlier_steps:
+            trainer = self.trainer
+            an_epoch = ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            ends = []
+            if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+                ends.append(an_epoch * (trainer.max_epochs - self.earlier_epochs))
+            if trainer.max_steps >= 0:
+                ends.append(trainer.max_steps - self.earlier_steps)
+            steps = min(ends)
+        return int(steps)
 
     @property
     def _language_model(self) -> "PreTrainedModel":

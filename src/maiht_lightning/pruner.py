@@ -120,6 +120,9 @@ def prune(
     if journal_dir is not None:
         # A budget changes nothing but rounding: after running out of memory, a smaller one may go on.
         lasting = asdict(replace(settings, memory_budget=None))
+        if not settings.keep_zeros:
+            # Journals of older versions do not know it.
+            del lasting["keep_zeros"]
         journal = Journal(journal_dir, {**solver, "config": lasting, **fingerprint(model, windows)})
         if journal.moved_to is not None:
             log.warning("The journal in %s was of another pruning; moved to %s", journal.folder, journal.moved_to)

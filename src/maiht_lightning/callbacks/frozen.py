@@ -4,12 +4,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..frozen import FrozenZeros, LostZerosError, freeze
+from ..sparsity import count_zeros
 from .language_model import find_language_model
 
 
@@ -21,7 +22,11 @@ class FrozenSparsity(Callback):
     are masked again after every step, so that weight decay, momentum and rounding change nothing. All zeros are
     verified after each epoch and at the end of training.
 
-    Nothing is stored in checkpoints: the weights in them hold the zeros, and a resumed fit finds them there.
+    Checkpoints hold the number of zeros and no masks: the weights in them have the zeros, and a resumed fit finds them
+    there. A checkpoint written without frozen zeros is loaded with a warning.
+
+    On a PEFT model the product of the LoRA adapters is masked as well, in training and in PEFT's own merge, so that
+    `merge_and_unload()` keeps the zeros.
 
     Note:
         Averaging callbacks (EMA, SWA) keep zeros only if they start from the pruned weights; what they leave is
@@ -42,10 +47,42 @@ class FrozenSparsity(Callback):
     def __init__(self, model: str | None = None) -> None:
         self.model = model
         self.frozen: FrozenZeros | None = None
+        # Set by `MAIHTPruning` where the zeros are still to come.
+        self.awaits_pruning = False
+        self._loaded_zeros = 0
         self._handles: list[RemovableHandle] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """The number of zeros, from which a checkpoint of the sparse phase is known."""
+        return {"zeros": self.frozen.count if self.frozen is not None else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember how many zeros the checkpoint was written with."""
+        self._loaded_zeros = state_dict["zeros"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Warn of a checkpoint from another phase."""
+        if not self.awaits_pruning and not checkpoint.get("callbacks", {}).get(self.state_key, {}).get("zeros"):
+            rank_zero_warn(
+                "FrozenSparsity: the checkpoint was not written with frozen zeros, so its weights are those of a dense "
+                "phase. Was one from after the pruning meant?"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the zeros, after a checkpoint was loaded, and clear the optimizer's memory of them."""
+        """Find the zeros, after a checkpoint was loaded."""
+        model = find_language_model(pl_module, self.model)
+        if self.awaits_pruning and not any(count.zeros for count in count_zeros(model)):
+            return
+        self.freeze(trainer, pl_module)
+        assert self.frozen is not None
+        if self.frozen.count < self._loaded_zeros:
+            raise MisconfigurationException(
+                f"FrozenSparsity: the checkpoint was written with {self._loaded_zeros:,} zeros, but its weights have "
+                f"{self.frozen.count:,}"
+            )
+
+    def freeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze the zeros that the model has now, and clear the optimizer's memory of them."""
         self._remove_hooks()
         try:
             self.frozen = freeze(find_language_model(pl_module, self.model))

@@ -1,16 +1,21 @@
-"""`MAIHTPruning`: prune the model at the end of a fit."""
+"""`MAIHTPruning`: prune the model at the end of a fit, or in the middle of it."""
 
+import json
 import resource
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -19,31 +24,51 @@ from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource, check_at_least
 from ..evaluation.settings import Evaluation, Measurement, context_length
 from ..export import save_compact
+from ..journal import LayerRecord, read_records
 from ..pruner import PruningReport, check_windows, prune
 from ..reporting.environment import environment
-from ..reporting.loggers import finish_pruning, log_block, log_figures, log_model, log_stage, start_pruning
+from ..reporting.loggers import (
+    finish_pruning,
+    log_block,
+    log_figures,
+    log_finetuned,
+    log_model,
+    log_stage,
+    start_pruning,
+)
 from ..reporting.run_folder import Summary, fresh_run_folder, write_layers
 from ..reporting.run_report import write_report
 from ..reporting.tables import print_run
 from ..solvers import MAIHTConfig, check_method, parse_pattern, resolve_config
 from ..sparsity import count_zeros, measured_sparsity
+from .frozen import FrozenSparsity
 from .language_model import find_language_model, find_tokenizer
+from .schedule import parse_schedule
+from .watchers import start_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+C = TypeVar("C", bound=Callback)
+
 
 class MAIHTPruning(Callback):
-    """Prune a causal language model in one shot when its fit ends.
+    """Prune a causal language model in one shot when its fit ends, or at other times of it.
 
-    When training ends, the model is measured, pruned layer by layer from calibration text, saved, and measured
-    again. Everything that can be wrong with the settings, the model or the texts is checked before the first
-    training step. The pruned model, the report, the tables and the journal lie in `output_dir`; perplexities,
-    accuracies, the layers' errors and the figures go to the Trainer's loggers.
+    The model is measured, pruned layer by layer from calibration text, saved, and measured again. Everything that can
+    be wrong with the settings, the model or the texts is checked before the first training step. The pruned model,
+    the report, the tables and the journal lie in `output_dir`; perplexities, accuracies, the layers' errors and the
+    figures go to the Trainer's loggers.
+
+    What is trained after a pruning keeps its zeros: a `FrozenSparsity` is added where there is none, checkpoint
+    callbacks forget the dense model's scores, and at the end the result is measured as stage `finetuned` and saved as
+    `model_finetuned/`. That is so in a fit that goes on after `prune_at`, in `sparse_finetune`, and where a
+    `FrozenSparsity` stands beside this callback and the model comes with the zeros asked for.
 
     Note:
-        `ModelCheckpoint`'s files were written before and stay dense: use `output_dir/model`. Averaging callbacks
-        must stand before this one, or they overwrite the pruned weights; they are refused otherwise.
+        `ModelCheckpoint`'s files from before the pruning are dense: use `output_dir/model`. Averaging callbacks
+        must stand before this one, or they overwrite the pruned weights; they are refused otherwise, and anywhere
+        if training goes on after the pruning.
 
     Args:
         sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) in each linear layer.
@@ -58,6 +83,9 @@ class MAIHTPruning(Callback):
         batch_size: Windows a calibration forward pass.
         compact: Also save the pruned model as `model_compact/`, much smaller, for `load_compact`; W&B gets it as an
             artifact.
+        prune_at: `end`; `epoch:K` or `step:K`, after K epochs or optimizer steps, and training goes on with the zeros
+            frozen; or several shots, as `{epoch:1: 0.3, epoch:2: 0.5}`, with these sparsities in place of `sparsity`.
+        save_dense: Also save the model as it was just before the pruning, as `model_dense/`: a teacher to distil from.
         output_dir: The run's folder. None: a fresh one in `runs/` under the Trainer's `default_root_dir`.
 
     Raises:
@@ -85,56 +113,125 @@ class MAIHTPruning(Callback):
         tokenizer: str | None = None,
         batch_size: int = 1,
         compact: bool = False,
+        prune_at: str | dict[str, float] = "end",
+        save_dense: bool = False,
         output_dir: str | None = None,
     ) -> None:
         self.method = check_method(method)
-        self.pattern = parse_pattern(pattern, sparsity)
+        self.shots = parse_schedule(prune_at, parse_pattern(pattern, sparsity).sparsity)
+        self.patterns = [parse_pattern(pattern, shot.sparsity) for shot in self.shots]
+        self.pattern = self.patterns[-1]
         self.config = resolve_config(config)
         check_at_least(1, batch_size=batch_size)
         self.calibration = C4Calibration() if calibration is None else calibration
         self.evaluation = evaluation
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.compact = compact
+        self.compact, self.save_dense = compact, save_dense
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.report: PruningReport | None = None
         self.summary = Summary(self.method, self.pattern.sparsity, self.pattern.name)
+        # How many of the shots are done, and the Trainer's step at the last of them.
+        self.done = self._pruned_step = 0
+        # Epochs and steps of the fits before this one, where `sparse_finetune` has begun another.
+        self.earlier: dict[str, int] | None = None
         self._calibration_windows: Tensor = torch.empty(0)
         self._measurement: Measurement | None = None
-        self._fit_started = time.perf_counter()
+        self._started = time.perf_counter()
+
+    @property
+    def pruned(self) -> bool:
+        """Whether all shots are done."""
+        return self.done == len(self.shots)
 
     # ---- Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse Trainers that would undo or split the pruning."""
-        if stage == "fit":
-            self._check_trainer(trainer)
+        """Refuse Trainers that would undo or split the pruning; see to it that zeros are kept."""
+        if stage != "fit":
+            return
+        self._check_trainer(trainer)
+        if self._trains_on and find_callback(trainer, FrozenSparsity) is None:
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            # Right after this one, and so before `ModelCheckpoint`, which is last and shall find masked weights.
+            callbacks.insert(callbacks.index(self) + 1, FrozenSparsity(self.model))
+        if (frozen := find_callback(trainer, FrozenSparsity)) is not None:
+            frozen.awaits_pruning = self.done == 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything that pruning will need, and draw its texts."""
-        self.report = None
+        if (frozen := find_callback(trainer, FrozenSparsity)) is not None:
+            # Known only now, if the fit goes on from a checkpoint.
+            frozen.awaits_pruning = self.done == 0
         self.prepare(trainer, pl_module)
+        if self.done:
+            self._reload()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the time."""
-        self._fit_started = time.perf_counter()
+        """Note the time; see whether there is anything to prune."""
+        self._check_reachable(trainer)
+        if self.done == 0 and find_callback(trainer, FrozenSparsity) is not None and self._has_the_zeros(pl_module):
+            rank_zero_info("MAIHTPruning: the model has the zeros asked for; it is trained on with them and not pruned")
+            self.done, self._pruned_step = len(self.shots), trainer.global_step
+            self._measure("pruned", trainer, pl_module)
+        self._started = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Prune before the first batch after the steps or epochs asked for.
+
+        Not right after them, where the scores that checkpoints and early stopping see are still the dense model's.
+        """
+        self._prune_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune, while the model, its device and the loggers are alive."""
-        self.summary.seconds["fit"] = time.perf_counter() - self._fit_started
-        if isinstance(trainer.progress_bar_callback, RichProgressBar):
-            # Its live display would fight with the pruning's bar for the last line of the terminal.
-            trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
-        self.run(trainer, pl_module)
+        """Prune, or measure what became of the pruned model, while the model, its device and loggers are alive."""
+        if self.pruned:
+            if trainer.global_step > self._pruned_step:
+                self._count_seconds("finetune")
+                with quiet_progress_bar(trainer):
+                    self._finish_finetuning(trainer, pl_module)
+            return
+        next_shot = self.shots[self.done]
+        if next_shot.unit != "end" and not next_shot.is_due(trainer.current_epoch, trainer.global_step):
+            rank_zero_warn(f"the fit ended before {next_shot.name}: the model is pruned now")
+        self._count_seconds("fit")
+        with quiet_progress_bar(trainer):
+            self.run(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that the model was pruned and that its zeros are still there."""
-        if self.report is None:
+        if not self.pruned:
             raise MisconfigurationException(
                 "the fit ended without pruning, since it had nothing to train (no steps or epochs left, or a "
                 "finished checkpoint). The model is still dense. To prune it without training: `maiht prune`, or "
                 "maiht_lightning.prune(model, windows)."
             )
         self._verify(find_language_model(pl_module, self.model))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where a dense checkpoint was loaded after the pruning, such as `ckpt_path="best"`."""
+        self._warn_if_dense(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn as before validation."""
+        self._warn_if_dense(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn as before validation."""
+        self._warn_if_dense(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the pruning is, for fits that go on from a checkpoint."""
+        return {
+            "done": self.done,
+            "pruned_step": self._pruned_step,
+            "earlier": self.earlier,
+            "output_dir": None if self.output_dir is None else str(self.output_dir),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written."""
+        self.done, self._pruned_step = state_dict["done"], state_dict["pruned_step"]
+        self.earlier = state_dict["earlier"]
 
     # ---- The work, also for `maiht prune`
 
@@ -147,52 +244,34 @@ class MAIHTPruning(Callback):
         model = find_language_model(pl_module, self.model)
         tokenizer = find_tokenizer(pl_module, model, self.tokenizer)
         try:
-            blocks = find_blocks(model)
-            for index, block in enumerate(blocks.modules):
-                for name, linear in find_linears(block).items():
-                    self.pattern.check_shape(weight_of(linear).shape, f"{blocks.path}.{index}.{name}")
-            self._calibration_windows = self.calibration.windows(tokenizer, context_length(model))
-            check_windows(self._calibration_windows, model)
-            self._measurement = self.evaluation.load(model, tokenizer)
+            if not self.pruned:
+                blocks = find_blocks(model)
+                for index, block in enumerate(blocks.modules):
+                    for name, linear in find_linears(block).items():
+                        self.pattern.check_shape(weight_of(linear).shape, f"{blocks.path}.{index}.{name}")
+                self._calibration_windows = self.calibration.windows(tokenizer, context_length(model))
+                check_windows(self._calibration_windows, model)
+            if self._measurement is None or not self.pruned:
+                self._measurement = self.evaluation.load(model, tokenizer)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             raise MisconfigurationException(f"pruning cannot work with these settings: {error}") from error
         if self.output_dir is None:
             self.output_dir = fresh_run_folder(Path(trainer.default_root_dir) / "runs")
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, prune, save, measure again; needs `prepare` before."""
+        """Do the last shot: measure, prune, save, measure again; needs `prepare` before."""
         assert self.output_dir is not None  # set by `prepare`
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         model, step = find_language_model(pl_module, self.model), trainer.global_step
-        # Gradients are of no more use, and as large as the model.
-        pl_module.zero_grad(set_to_none=True)
-        described = {"class": type(model).__name__, "name_or_path": model.config.name_or_path}
-        settings = {"pruned_model": described, "pruned_with": self._settings(), "environment": environment()}
-        start_pruning(trainer.loggers, settings)
-
-        self._measure("dense", trainer, pl_module)
-        with trainer.precision_plugin.forward_context():
-            report = prune(
-                model,
-                self._calibration_windows,
-                sparsity=self.pattern.sparsity,
-                pattern=self.pattern.name,
-                method=self.method,
-                config=self.config,
-                journal_dir=self.output_dir / "journal",
-                batch_size=self.batch_size,
-                on_block=lambda records: log_block(trainer.loggers, records, step),
-            )
+        self.done = len(self.shots) - 1
+        report = self._shoot(trainer, pl_module)
         # Saved first: whatever goes wrong after this, the pruned model is on disk.
-        model.save_pretrained(self.output_dir / "model")
-        tokenizer = find_tokenizer(pl_module, model, self.tokenizer)
-        tokenizer.save_pretrained(self.output_dir / "model")
+        self._save(pl_module, "model")
         if self.compact:
-            save_compact(model, self.output_dir / "model_compact", tokenizer=tokenizer)
+            save_compact(
+                model, self.output_dir / "model_compact", tokenizer=find_tokenizer(pl_module, model, self.tokenizer)
+            )
         self.report = report
         self.summary.measured_sparsity = report.sparsity
-        self.summary.seconds["capture"] = report.capture_seconds
-        self.summary.seconds["solve"] = report.solve_seconds
         write_layers(self.output_dir, report.layers)
         self._measure("pruned", trainer, pl_module)
         finish_pruning(trainer.loggers, self.summary, report.layers, step)
@@ -201,9 +280,88 @@ class MAIHTPruning(Callback):
             log_model(trainer.loggers, self.output_dir / "model_compact")
         print_run(self.summary, report.layers, str(self.output_dir))
 
+    def _shoot(self, trainer: Trainer, pl_module: LightningModule) -> PruningReport:
+        """Do the next shot, with the stage `dense` before the first."""
+        assert self.output_dir is not None  # set by `prepare`
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        model, step, pattern = find_language_model(pl_module, self.model), trainer.global_step, self.patterns[self.done]
+        # Gradients are of no more use, and as large as the model.
+        pl_module.zero_grad(set_to_none=True)
+        if "dense" not in self.summary.stages:
+            described = {"class": type(model).__name__, "name_or_path": model.config.name_or_path}
+            settings = {"pruned_model": described, "pruned_with": self._settings(), "environment": environment()}
+            start_pruning(trainer.loggers, settings)
+            if self.save_dense:
+                self._save(pl_module, "model_dense")
+            self._measure("dense", trainer, pl_module)
+        is_last, frozen = self.done + 1 == len(self.shots), find_callback(trainer, FrozenSparsity)
+        has_frozen = frozen is not None and frozen.frozen is not None
+        journal = self.output_dir / (
+            "journal" if is_last else f"journal_{self.shots[self.done].name.replace(':', '_')}"
+        )
+        with trainer.precision_plugin.forward_context():
+            report = prune(
+                model,
+                self._calibration_windows,
+                sparsity=pattern.sparsity,
+                pattern=pattern.name,
+                method=self.method,
+                config=replace(self.config, keep_zeros=self.config.keep_zeros or has_frozen),
+                journal_dir=journal,
+                batch_size=self.batch_size,
+                # Of several shots, W&B has room for one set of curves over the blocks.
+                on_block=(lambda records: log_block(trainer.loggers, records, step)) if is_last else None,
+            )
+        seconds = self.summary.seconds
+        for phase, value in (("capture", report.capture_seconds), ("solve", report.solve_seconds)):
+            seconds[phase] = seconds.pop(phase, 0.0) + value
+        self.done, self._pruned_step = self.done + 1, step
+        return report
+
+    def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        while not self.pruned and self.shots[self.done].is_due(trainer.current_epoch, trainer.global_step):
+            self._count_seconds("fit")
+            with quiet_progress_bar(trainer):
+                if self.done + 1 == len(self.shots):
+                    self.run(trainer, pl_module)
+                else:
+                    sparsity = self._shoot(trainer, pl_module).sparsity
+                    log_stage(trainer.loggers, "pruned", {"sparsity": sparsity}, trainer.global_step)
+            frozen = find_callback(trainer, FrozenSparsity)
+            assert frozen is not None  # added in `setup`
+            frozen.freeze(trainer, pl_module)
+            start_over(trainer)
+            self._started = time.perf_counter()
+
+    def _finish_finetuning(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save and measure the model after it was trained on with its zeros frozen."""
+        assert self.output_dir is not None  # set by `prepare`
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        model, step = find_language_model(pl_module, self.model), trainer.global_step
+        self._save(pl_module, "model_finetuned")
+        if self.compact:
+            save_compact(
+                model, self.output_dir / "model_compact", tokenizer=find_tokenizer(pl_module, model, self.tokenizer)
+            )
+        self.summary.measured_sparsity = measured_sparsity(count_zeros(model))
+        self._measure("finetuned", trainer, pl_module)
+        records = [] if self.report is None else self.report.layers
+        log_finetuned(trainer.loggers, self.summary, step)
+        log_figures(trainer.loggers, write_report(self.output_dir, self.summary, records, self._settings()), step)
+        if self.compact:
+            log_model(trainer.loggers, self.output_dir / "model_compact")
+        print_run(self.summary, records, str(self.output_dir))
+
+    def _save(self, pl_module: LightningModule, name: str) -> None:
+        assert self.output_dir is not None  # set by `prepare`
+        model = find_language_model(pl_module, self.model)
+        model.save_pretrained(self.output_dir / name)
+        find_tokenizer(pl_module, model, self.tokenizer).save_pretrained(self.output_dir / name)
+
     def _measure(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.output_dir is not None  # set by `prepare`
         assert self._measurement is not None
+        self.output_dir.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         model = find_language_model(pl_module, self.model)
         with trainer.precision_plugin.forward_context():
@@ -215,11 +373,26 @@ class MAIHTPruning(Callback):
         self.summary.write(self.output_dir)
         log_stage(trainer.loggers, stage, found, trainer.global_step)
 
+    def _count_seconds(self, phase: str) -> None:
+        self.summary.seconds[phase] = self.summary.seconds.pop(phase, 0.0) + time.perf_counter() - self._started
+
+    def _reload(self) -> None:
+        """Read what an earlier process has written of this run, so that the stages before are not lost."""
+        assert self.output_dir is not None  # set by `prepare`
+        path = self.output_dir / "summary.json"
+        if not self.summary.stages and path.exists():
+            self.summary = Summary(**json.loads(path.read_text()))
+            self.summary.stages.pop("finetuned", None)
+        records: list[LayerRecord] = read_records(self.output_dir / "journal")
+        if self.pruned and self.report is None and records:
+            self.report = PruningReport(records)
+
     def _settings(self) -> dict[str, Any]:
         return {
             "method": self.method,
             "sparsity": self.pattern.sparsity,
             "pattern": self.pattern.name,
+            "prune_at": {shot.name: shot.sparsity for shot in self.shots},
             "config": asdict(self.config),
             "calibration": {
                 "class": type(self.calibration).__name__,
@@ -229,31 +402,86 @@ class MAIHTPruning(Callback):
             "evaluation": asdict(self.evaluation),
         }
 
-    def _verify(self, model: "PreTrainedModel") -> None:
-        assert self.report is not None
+    # ---- Checks
+
+    @property
+    def _trains_on(self) -> bool:
+        """Whether some training is to come after a pruning."""
+        return self.done > 0 or self.shots[0].unit != "end"
+
+    def _has_the_zeros(self, pl_module: LightningModule) -> bool:
+        counts = count_zeros(find_language_model(pl_module, self.model))
+        return all(count.zeros >= floor(self.pattern.sparsity * count.size) for count in counts)
+
+    def _lost(self, model: "PreTrainedModel") -> list[str]:
+        records = [] if self.report is None else self.report.layers
         now = {count.name: count.zeros for count in count_zeros(model)}
-        lost = [r.name for r in self.report.layers if now.get(r.name, 0) < r.zeros]
-        if lost:
+        return [r.name for r in records if now.get(r.name, 0) < r.zeros]
+
+    def _verify(self, model: "PreTrainedModel") -> None:
+        if lost := self._lost(model):
             raise MisconfigurationException(
                 f"{len(lost)} pruned layers lost zeros after pruning, {lost[0]} first: another callback changed the "
                 f"weights. The pruned model in {self.output_dir}/model is intact."
             )
         rank_zero_info(f"Zeros verified by counting: {measured_sparsity(count_zeros(model)):.4%}")
 
+    def _warn_if_dense(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.report is None or trainer.state.fn == TrainerFn.FITTING:
+            return
+        if lost := self._lost(find_language_model(pl_module, self.model)):
+            rank_zero_warn(
+                f"{len(lost)} layers have fewer zeros than when they were pruned, {lost[0]} first: was a checkpoint "
+                f"from before the pruning loaded? The pruned model is in {self.output_dir}/model."
+            )
+
     def _check_trainer(self, trainer: Trainer) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        after = callbacks[callbacks.index(self) + 1 :]
-        for callback in after:
-            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+        for index, callback in enumerate(callbacks):
+            if not isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                continue
+            if index > callbacks.index(self):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} stands after MAIHTPruning and would overwrite the pruned weights "
                     f"with dense averages: put it before MAIHTPruning in the Trainer's callbacks"
+                )
+            if self._trains_on:
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} would average the weights from before the pruning into those from "
+                    f"after it: leave it out, or prune at the end"
                 )
         if trainer.world_size > 1:
             raise MisconfigurationException(
                 f"MAIHTPruning prunes on one device, but the Trainer has {trainer.world_size} processes with "
                 f"{type(trainer.strategy).__name__}: train without it and prune afterwards with `maiht prune`"
             )
+
+    def _check_reachable(self, trainer: Trainer) -> None:
+        for shot in self.shots[self.done :]:
+            ends = {"epoch": trainer.max_epochs, "step": trainer.estimated_stepping_batches}
+            end = ends.get(shot.unit)
+            if end is not None and 0 <= end < shot.count:
+                raise MisconfigurationException(
+                    f"prune_at: {shot.name} is never reached, since the fit ends after {end} {shot.unit}s"
+                )
+
+
+@contextmanager
+def quiet_progress_bar(trainer: Trainer) -> Iterator[None]:
+    """Stop Rich's live display, which would fight with the pruning's bar for the last line of the terminal."""
+    bar = trainer.progress_bar_callback
+    display = bar.progress if isinstance(bar, RichProgressBar) else None
+    if display is not None:
+        display.stop()
+    yield
+    if display is not None and trainer.training and not trainer.should_stop:
+        display.start()
+
+
+def find_callback(trainer: Trainer, kind: type[C]) -> C | None:
+    """The Trainer's first callback of a class."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def peak_memory_bytes() -> int:

@@ -1,11 +1,13 @@
 """What the text DataModules share."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningDataModule
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .calibration import check_at_least
 from .windows import pack_windows
@@ -34,6 +36,33 @@ class TokenWindows(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return {"input_ids": self.windows[index]}
+
+
+class EpochOrder(Sampler[int]):
+    """A random order for each epoch that depends on the seed and the epoch alone.
+
+    So a fit that goes on from a checkpoint, even one within an epoch, sees the windows that the uninterrupted one
+    would have seen. Lightning itself would begin the epoch again, in another order.
+
+    Args:
+        size: Windows in all.
+        batch_size: Windows a batch.
+        trainer: The Trainer, which knows the epoch and how much of it is done. None: always the first.
+    """
+
+    def __init__(self, size: int, batch_size: int, trainer: Trainer | None) -> None:
+        self.size, self.batch_size, self.trainer = size, batch_size, trainer
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = done = 0
+        if self.trainer is not None:
+            epoch, loop = self.trainer.current_epoch, self.trainer.fit_loop
+            done = loop.epoch_loop.batch_progress.current.ready if loop.restarting else 0
+        generator = torch.Generator().manual_seed(torch.initial_seed() + epoch)
+        yield from torch.randperm(self.size, generator=generator).tolist()[done * self.batch_size :]
 
 
 class TextDataModule(LightningDataModule):
@@ -88,8 +117,8 @@ class TextDataModule(LightningDataModule):
             self._windows[split] = pack_windows(self.texts(split), tokenizer, self.seqlen, separator="\n\n")
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training windows, shuffled."""
-        return self._loader("train", shuffle=True)
+        """Training windows, shuffled anew in each epoch; see `EpochOrder`."""
+        return self._loader("train", EpochOrder(len(self._windows["train"]), self.batch_size, self.trainer))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation windows, in order."""
@@ -99,12 +128,12 @@ class TextDataModule(LightningDataModule):
         """Test windows, in order."""
         return self._loader("test")
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
+    def _loader(self, split: str, order: EpochOrder | None = None) -> DataLoader[Batch]:
         # The last batch may be smaller. Dropping it would leave a short text with no batch at all.
         return DataLoader(
             TokenWindows(self._windows[split]),
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            sampler=order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

@@ -53,13 +53,12 @@ def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step
 def log_stage(loggers: Sequence[Logger], name: str, stage: dict[str, Any], global_step: int) -> None:
     """Log what was measured at a stage.
 
-    As `STAGE/perplexity/TEXT`, `STAGE/tasks/TASK/METRIC` and `STAGE/mean_accuracy`.
+    As `STAGE/perplexity/TEXT`, `STAGE/tasks/TASK/METRIC`, `STAGE/mean_accuracy` and `STAGE/sparsity`.
     """
     metrics = {f"{name}/perplexity/{text}": value for text, value in stage.get("perplexity", {}).items()}
     for task, found in stage.get("tasks", {}).items():
         metrics |= {f"{name}/tasks/{task}/{metric}": value for metric, value in found.items()}
-    if "mean_accuracy" in stage:
-        metrics[f"{name}/mean_accuracy"] = stage["mean_accuracy"]
+    metrics |= {f"{name}/{key}": stage[key] for key in ("mean_accuracy", "sparsity") if key in stage}
     if metrics:
         _each(loggers, lambda logger: logger.log_metrics(metrics, step=global_step))
 
@@ -82,6 +81,20 @@ def finish_pruning(loggers: Sequence[Logger], summary: Summary, records: list[La
             logger.experiment.summary.update(
                 {"method": summary.method, "pattern": summary.pattern, "sparsity": summary.sparsity}
             )
+        logger.save()
+
+    _each(loggers, finish)
+
+
+def log_finetuned(loggers: Sequence[Logger], summary: Summary, global_step: int) -> None:
+    """Log the counted sparsity and times after training on with frozen zeros, and the table of tasks anew."""
+    columns, rows = task_table(summary.stages)
+
+    def finish(logger: Logger) -> None:
+        seconds = {f"seconds/{phase}": value for phase, value in summary.seconds.items()}
+        logger.log_metrics({"finetuned/sparsity": summary.measured_sparsity, **seconds}, step=global_step)
+        if isinstance(logger, WandbLogger) and rows:
+            logger.log_table("tasks", columns=columns, data=rows)
         logger.save()
 
     _each(loggers, finish)

@@ -72,7 +72,7 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
         gram: The scaled Gram matrix of the layer's inputs.
         prepared: From `prepare`.
         pattern: What to prune and how much.
-        config: Not used; ADMM's settings are the paper's.
+        config: `keep_zeros` alone; other settings are the paper's.
 
     Returns:
         The pruned weight in `gram`'s dtype; a kept weight of a dead feature stays what it was. No objective:
@@ -85,6 +85,8 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
     mask = torch.ones_like(target, dtype=torch.bool)
     for step in range(STEPS):
         proposal = current + dual
+        if config.keep_zeros:
+            proposal.mul_(size != 0)
         if step < MASK_STEPS:
             growing = pattern.sparsity * (1 - (1 - (step + 1) / MASK_STEPS) ** 3)
             # Dead features, all equal here, go by magnitude.
@@ -98,5 +100,7 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
         sparse = proposal * mask
         dual = proposal - sparse
         current = (pull + RHO * (sparse - dual)) @ prepared.inverse
+    if config.keep_zeros:
+        mask &= size != 0
     result = unscale_weight((current + dual) * mask, exponent, gram.norms)
     return Solution(torch.where(mask & (gram.norms == 0), weight.to(result.dtype), result), mask)

@@ -26,6 +26,8 @@ class MAIHTConfig:
             (11 matrices of the weight's size). A layer that needs more is solved in slices of rows, with the same
             answer but for rounding. Unless the pattern is `row`, what must outlive a slice waits in host memory, so
             on the CPU a budget saves little then.
+        keep_zeros: Weights that are 0 already stay 0 and count among the zeros asked for, with every method: for
+            pruning in several shots. Where there are more of them than asked for, all stay.
     """
 
     mu: float = 0.1
@@ -35,6 +37,7 @@ class MAIHTConfig:
     precision: Precision = "float32"
     tolerance: float = 0.0
     memory_budget: int | None = None
+    keep_zeros: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < float("inf"):

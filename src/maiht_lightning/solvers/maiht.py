@@ -53,6 +53,8 @@ class HardThresholding:
         accelerated: Try the extrapolated candidate (mAIHT, AIHT).
         plain: Try the plain gradient step (mAIHT, IHT). With both, the better one is taken: the monitor.
         rows: Rows computed at a time, all by default. For `row`, where each row has its own λ, all of them.
+        keep_zeros: Entries that are 0 in the target stay 0. All points are combinations of gradient steps, so it is
+            enough that these are masked.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class HardThresholding:
         accelerated: bool = True,
         plain: bool = True,
         rows: int | None = None,
+        keep_zeros: bool = False,
     ) -> None:
         self.target, self.correlation, self.mu = target, correlation, mu
+        self.keep_zeros = keep_zeros
         self.step_size, self.pattern = step_size, pattern
         self.slices = Slices(len(target), rows or len(target), correlation.device)
         self.residual = torch.empty_like(target[self.slices.parts[0]], device=correlation.device)
@@ -93,6 +97,8 @@ class HardThresholding:
         torch.addmm(residual, residual, self.correlation, beta=self.mu, out=gradient)
         loss = self._per_problem(residual.mul_(gradient).sum(1)) / 2
         torch.add(value, gradient, alpha=-self.step_size, out=stepped)
+        if self.keep_zeros:
+            stepped.mul_(target != 0)
         return loss
 
     def threshold(self, value: Tensor, stepped: Tensor, penalty: Tensor) -> Tensor:
@@ -281,6 +287,7 @@ def _solve(
         accelerated=accelerated,
         plain=plain,
         rows=rows,
+        keep_zeros=config.keep_zeros,
     )
     losses, choices = [], []
     margin = 0.015 if pattern.sparsity > 0.35 else 0.01

@@ -67,7 +67,8 @@ def solve(weight: Tensor, gram: ScaledGram, factor: Tensor, pattern: Pattern, co
         factor: U from `prepare`.
         pattern: What to prune and how much. `unstructured` compares all rows within a block of columns, `row`
             the entries of a row within it, `N:M` each group when its first column is reached.
-        config: Not used; SparseGPT's settings are the paper's.
+        config: `keep_zeros` alone; other settings are the paper's. A block of columns that has more zeros than its
+            share keeps them all.
 
     Returns:
         The pruned weight in `gram`'s dtype. A kept weight of a dead feature stays what it was.
@@ -93,7 +94,11 @@ def solve(weight: Tensor, gram: ScaledGram, factor: Tensor, pattern: Pattern, co
             keep = (score.shape[1] if by_row else score.numel()) - zeros[start // block]
         shape = (score.shape[0] if by_row else 1, -1)
         score = score.masked_fill(dead[columns], -1)
-        return keep_largest(score.reshape(shape), keep, size[:, columns].reshape(shape)).view_as(score)
+        if config.keep_zeros:
+            # Later columns compensate for the earlier ones, so that what was 0 may be large by now.
+            score.masked_fill_(size[:, columns] == 0, -2)
+        mask = keep_largest(score.reshape(shape), keep, size[:, columns].reshape(shape)).view_as(score)
+        return mask & (size[:, columns] != 0) if config.keep_zeros else mask
 
     sparse, mask = eliminate(torch.ldexp(dense, -exponent), factor, choose, span=span, block=block)
     return Solution(torch.ldexp(sparse, exponent), mask)

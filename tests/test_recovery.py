@@ -1,0 +1,233 @@
+"""The sparse fine-tune from the real command line, killed and resumed, in W&B, and with several processes."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maiht_lightning.cli import main
+from maiht_lightning.loading import load_model
+from maiht_lightning.sparsity import count_zeros
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+
+
+@pytest.fixture
+def options(tiny_folder, tmp_path, monkeypatch):
+    """Options of a small run with a sparse fine-tune, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    every_step = {"every_n_train_steps": 1, "save_top_k": -1, "save_last": True}
+    config = {
+        "model": {"name_or_path": str(tiny_folder), "learning_rate": 1e-3},
+        "data": {"class_path": "PythonDocsDataModule", "init_args": {"seqlen": 64, "batch_size": 4}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 3,
+            "limit_train_batches": 12,
+            "limit_val_batches": 1,
+            "num_sanity_val_steps": 0,
+            "logger": False,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": every_step}],
+        },
+        "pruning": {
+            "method": "wanda",
+            "sparsity": 0.6,
+            "calibration": {"class_path": "PythonDocsCalibration", "init_args": {"samples": 8, "seqlen": 64}},
+            "evaluation": {"perplexity": ["python_docs"], "seqlen": 64, "max_windows": 2},
+        },
+        "sparse_finetune": {"max_steps": 30, "learning_rate": 2e-3},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return ["--config", "run.yaml"]
+
+
+def weights_of(path):
+    return {name: p.detach() for name, p in load_model(str(path)).named_parameters()}
+
+
+def test_one_command_trains_prunes_and_trains_on(options, tmp_path, capsys):
+    main(["fit", *options, "--output_dir", "out"])
+    pruned, finetuned = weights_of("out/model"), weights_of("out/model_finetuned")
+    for name, weight in pruned.items():
+        if "_proj" in name:
+            assert int((weight == 0).sum()) == int(0.6 * weight.numel())
+            assert torch.equal(weight == 0, finetuned[name] == 0)
+            assert not torch.equal(weight, finetuned[name])
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert list(summary["stages"]) == ["dense", "pruned", "finetuned"]
+    perplexities = [stage["perplexity"]["python_docs"] for stage in summary["stages"].values()]
+    assert perplexities[2] < perplexities[1]
+    table = capsys.readouterr().out
+    assert f"{perplexities[2]:.3f}" in table
+    page = Path("out/report.html").read_text()
+    assert "finetuned" in page
+    saved = torch.load("out/sparse_checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 33
+    assert yaml.safe_load(Path("out/config.yaml").read_text())["sparse_finetune"]["max_steps"] == 30
+
+
+@pytest.mark.slow
+def test_the_schedule_of_the_second_fit_is_its_own(options, tmp_path):
+    main(["fit", *options, "--output_dir", "out", "--model.warmup_fraction", "0"])
+    rates = {}
+    for path in Path("out/sparse_checkpoints").glob("epoch*.ckpt"):
+        saved = torch.load(path, weights_only=True)
+        rates[saved["global_step"] - 3] = saved["optimizer_states"][0]["param_groups"][0]["lr"]
+    # The rate of the step that comes next; a cosine from its own rate to 0.
+    assert rates == {
+        step: pytest.approx(1e-3 * (1 + torch.cos(torch.tensor(step / 30 * torch.pi))).item(), abs=1e-9)
+        for step in range(1, 31)
+    }
+
+
+@pytest.mark.slow
+def test_distilled_from_the_command_line(options, tmp_path):
+    main(["fit", *options, "--output_dir", "out", "--sparse_finetune.distillation", "0.5"])
+    dense, finetuned = weights_of("out/model_dense"), weights_of("out/model_finetuned")
+    assert all(weight.all() for name, weight in dense.items() if "_proj" in name)
+    zeros = [int((w == 0).sum()) == int(0.6 * w.numel()) for name, w in finetuned.items() if "_proj" in name]
+    assert all(zeros)
+
+
+@pytest.mark.slow
+def test_wandb_goes_on_with_the_same_run_and_axis(options, tmp_path):
+    import wandb
+
+    from wandb_file import read_run
+
+    logger = '{"class_path": "WandbLogger", "init_args": {"offline": true, "project": "test"}}'
+    main(["fit", *options, "--output_dir", "out", "--trainer.logger", logger])
+    wandb.finish()
+    history, config = read_run(tmp_path / "out")
+    assert [row["trainer/global_step"] for row in history if "train/loss" in row] == list(range(33))
+    metrics = {key: value for row in history for key, value in row.items()}
+    summary = json.loads(Path("out/summary.json").read_text())
+    for stage in ("dense", "pruned", "finetuned"):
+        assert metrics[f"{stage}/perplexity/python_docs"] == summary["stages"][stage]["perplexity"]["python_docs"]
+    assert metrics["finetuned/sparsity"] == pytest.approx(0.6, abs=1e-3)
+    assert config["sparse_finetune"]["max_steps"] == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distillation", ["0", "0.5"])
+def test_killed_in_the_sparse_phase_and_resumed(options, tmp_path, distillation):
+    command = [sys.executable, "-m", "maiht_lightning.cli", "fit", *options]
+    command += ["--sparse_finetune.distillation", distillation]
+    subprocess.run([*command, "--output_dir", "whole"], check=True, env=ENVIRONMENT, capture_output=True)
+
+    process = subprocess.Popen([*command, "--output_dir", "broken"], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    written = tmp_path / "broken" / "sparse_checkpoints"
+    deadline = time.monotonic() + 180
+    while len(list(written.glob("epoch*.ckpt"))) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "broken" / "model_finetuned").exists()
+    steps = {torch.load(p, weights_only=True)["global_step"]: p for p in written.glob("epoch*.ckpt")}
+    newest = steps[max(steps)]
+    assert max(steps) < 33
+
+    # Without --output_dir: the checkpoint knows the run's folder.
+    done = subprocess.run(
+        [*command, "--ckpt_path", str(newest)], check=True, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    whole, resumed = weights_of("whole/model_finetuned"), weights_of("broken/model_finetuned")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items()), done.stderr[-2000:]
+    one, two = (json.loads(Path(run, "summary.json").read_text())["stages"] for run in ("whole", "broken"))
+    assert one == two
+
+
+def test_a_sparse_checkpoint_needs_a_sparse_finetune(options, tmp_path, capsys):
+    main(["fit", *options, "--output_dir", "out", "--sparse_finetune.max_steps", "1"])
+    with pytest.raises(SystemExit):
+        main(["fit", *options, "--ckpt_path", "out/sparse_checkpoints/last.ckpt", "--sparse_finetune", "null"])
+
+
+def test_a_pruned_folder_is_trained_on_by_itself(options, tmp_path):
+    main(["fit", *options, "--output_dir", "out", "--sparse_finetune.max_steps", "null"])
+    frozen = '[{"class_path": "FrozenSparsity"}]'
+    again = ["--model.name_or_path", "out/model", "--trainer.callbacks", frozen, "--sparse_finetune.max_steps", "null"]
+    main(["fit", *options, *again, "--output_dir", "again", "--trainer.enable_checkpointing", "false"])
+    pruned, finetuned = weights_of("out/model"), weights_of("again/model_finetuned")
+    assert all(torch.equal(w == 0, finetuned[name] == 0) for name, w in pruned.items() if "_proj" in name)
+    assert list(json.loads(Path("again/summary.json").read_text())["stages"]) == ["pruned", "finetuned"]
+    assert not Path("again/model").exists()
+
+
+# ---- Several processes, compiled models
+
+DISTRIBUTED = """
+    import sys
+    import torch
+    from lightning.pytorch import LightningModule, Trainer, seed_everything
+    from torch.utils.data import DataLoader
+    from maiht_lightning import FrozenSparsity
+    from maiht_lightning.loading import load_model
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.lm = load_model("out/model").train()
+        def training_step(self, batch, batch_idx):
+            return self.lm(input_ids=batch, labels=batch, use_cache=False).loss
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        def train_dataloader(self):
+            windows = torch.randint(0, 1000, (40, 32), generator=torch.Generator().manual_seed(0))
+            return DataLoader(windows, batch_size=4 // devices)
+
+    devices = int(sys.argv[1])
+    strategy = "ddp" if devices > 1 else "auto"
+    module = Module()
+    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_epochs=1, gradient_clip_val=1.0,
+                      logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[FrozenSparsity()])
+    trainer.fit(module)
+    torch.save(module.lm.state_dict(), f"weights_{devices}_{trainer.global_rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_as_one_with_the_same_batch(options, tmp_path):
+    main(["fit", *options, "--output_dir", "out", "--sparse_finetune.max_steps", "null"])
+    Path("program.py").write_text(textwrap.dedent(DISTRIBUTED))
+    for devices in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "program.py", devices], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, first, second = (torch.load(f"weights_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    start = weights_of("out/model")
+    for name, weight in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-6)
+        if "_proj" in name:
+            assert torch.equal(first[name] == 0, start[name] == 0)
+            assert (first[name] != start[name])[start[name] != 0].all()
+
+
+@pytest.mark.slow
+def test_a_compiled_model(tiny_llama):
+    from maiht_lightning import FrozenSparsity, prune
+    from test_frozen import BATCHES, Module, trainer
+
+    losses = []
+    for compiled in (False, True):
+        model = tiny_llama(vocab_size=64, hidden_size=32, intermediate_size=48)
+        prune(model, BATCHES[90], sparsity=0.6, method="wanda", progress=False)
+        masks = {n: p != 0 for n, p in model.named_parameters() if "_proj" in n}
+        module = Module(torch.compile(model.train()) if compiled else model.train())
+        trainer(FrozenSparsity(), max_steps=10).fit(module)
+        assert all(torch.equal(p != 0, masks[n]) for n, p in model.named_parameters() if n in masks)
+        assert sum(c.zeros for c in count_zeros(model)) == sum(int((~m).sum()) for m in masks.values())
+        losses.append(module.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
