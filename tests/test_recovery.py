@@ -184,12 +184,13 @@ DISTRIBUTED = """
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
         def train_dataloader(self):
             windows = torch.randint(0, 1000, (40, 32), generator=torch.Generator().manual_seed(0))
-            return DataLoader(windows, batch_size=4 // devices)
+            # Each process takes its share, so that they have together what one has alone.
+            return DataLoader(windows[self.global_rank :: devices], batch_size=4 // devices)
 
     devices = int(sys.argv[1])
     strategy = "ddp" if devices > 1 else "auto"
     module = Module()
-    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_epochs=1, gradient_clip_val=1.0,
+    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, use_distributed_sampler=False, max_epochs=1, gradient_clip_val=1.0,
                       logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[FrozenSparsity()])
     trainer.fit(module)
     torch.save(module.lm.state_dict(), f"weights_{devices}_{trainer.global_rank}.pt")

@@ -118,17 +118,18 @@ class CausalLMModule(LightningModule):
 
     def _scheduled_steps(self) -> int:
         """Optimizer steps of this fit."""
-        steps = self.trainer.estimated_stepping_batches
-        if self.earlier_steps:
-            trainer = self.trainer
+        trainer = self.trainer
+        # Loads the data, too, unless only steps are counted.
+        steps = trainer.estimated_stepping_batches
+        if not self.earlier_steps:
+            return int(steps)
+        ends = []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             an_epoch = ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            ends = []
-            if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-                ends.append(an_epoch * (trainer.max_epochs - self.earlier_epochs))
-            if trainer.max_steps >= 0:
-                ends.append(trainer.max_steps - self.earlier_steps)
-            steps = min(ends)
-        return int(steps)
+            ends.append(an_epoch * (trainer.max_epochs - self.earlier_epochs))
+        if trainer.max_steps >= 0:
+            ends.append(trainer.max_steps - self.earlier_steps)
+        return min(ends)
 
     @property
     def _language_model(self) -> "PreTrainedModel":
