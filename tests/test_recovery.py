@@ -190,8 +190,11 @@ DISTRIBUTED = """
     devices = int(sys.argv[1])
     strategy = "ddp" if devices > 1 else "auto"
     module = Module()
-    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, use_distributed_sampler=False, max_epochs=1, gradient_clip_val=1.0,
-                      logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[FrozenSparsity()])
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, use_distributed_sampler=False, max_epochs=1,
+        gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[FrozenSparsity()],
+    )
     trainer.fit(module)
     torch.save(module.lm.state_dict(), f"weights_{devices}_{trainer.global_rank}.pt")
 """

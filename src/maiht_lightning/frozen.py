@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from .capture import find_blocks, find_linears
+from .capture import find_adapters, find_blocks, find_linears
 
 
 class LostZerosError(RuntimeError):
@@ -23,11 +23,14 @@ def freeze(model: nn.Module) -> "FrozenZeros":
     optimizer state after each step of any optimizer that holds the model's parameters, and at the end the zeros are
     verified. Or call its methods: `apply_to_gradients` before clipping, `apply_to_weights` after the step.
 
+    Where PEFT's LoRA adapters lie on layers with zeros, their product is masked from now on, too, in the forward pass
+    and in PEFT's own merge; see `maiht_lightning.lora`.
+
     Args:
         model: A causal language model whose decoder blocks have zeros in their linear layers, such as `prune` leaves.
 
     Raises:
-        ValueError: The model has no decoder blocks, or no zeros in their linear layers.
+        ValueError: The model has no decoder blocks, no zeros in their linear layers, or adapters that cannot keep them.
 
     Example::
 
@@ -52,6 +55,10 @@ class FrozenZeros:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
+        if find_adapters(model):
+            from .lora import mask_lora
+
+            mask_lora(model)
         blocks = find_blocks(model)
         self._weights: dict[str, nn.Parameter] = {}
         self.kept: dict[str, Tensor] = {}

@@ -24,6 +24,7 @@ from .capture import (
     find_blocks,
     find_linears,
     record_inputs,
+    refuse_adapters,
     weight_of,
     write_weight,
 )
@@ -112,7 +113,7 @@ def prune(
     structure, settings = parse_pattern(pattern, sparsity), resolve_config(config)
     blocks = find_blocks(model)
     names = [[f"{blocks.path}.{i}.{n}" for n in find_linears(block)] for i, block in enumerate(blocks.modules)]
-    _check_weights(blocks, structure)
+    _check_weights(model, blocks, structure)
     check_windows(windows, model)
 
     solver: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "method": method}
@@ -166,7 +167,8 @@ def prune(
     return report
 
 
-def _check_weights(blocks: DecoderBlocks, pattern: Pattern) -> None:
+def _check_weights(model: nn.Module, blocks: DecoderBlocks, pattern: Pattern) -> None:
+    refuse_adapters(model)
     for i, block in enumerate(blocks.modules):
         for name, linear in find_linears(block).items():
             path, weight = f"{blocks.path}.{i}.{name}", weight_of(linear)

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from ..capture import find_blocks, find_linears, weight_of
+from ..capture import find_blocks, find_linears, refuse_adapters, weight_of
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource, check_at_least
 from ..evaluation.settings import Evaluation, Measurement, context_length
@@ -245,6 +245,7 @@ class MAIHTPruning(Callback):
         tokenizer = find_tokenizer(pl_module, model, self.tokenizer)
         try:
             if not self.pruned:
+                refuse_adapters(pl_module)
                 blocks = find_blocks(model)
                 for index, block in enumerate(blocks.modules):
                     for name, linear in find_linears(block).items():

@@ -1,6 +1,8 @@
 """Finding the decoder blocks of a causal language model and the linear layers in them."""
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +58,41 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a block by their dotted name in it; `nn.Linear`, and GPT-2's `Conv1D`."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, LINEAR_TYPES)}
+    """The linear layers of a block by their dotted name in it; `nn.Linear`, and GPT-2's `Conv1D`.
+
+    Of a layer with PEFT adapters, the layer itself (`.base_layer`) and not the adapters.
+    """
+    adapters = tuple(
+        f"{path}.{child}."
+        for path, tuned in find_adapters(block).items()
+        for child, _ in tuned.named_children()
+        if child != "base_layer"
+    )
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, LINEAR_TYPES) and not f"{name}.".startswith(adapters)
+    }
+
+
+def find_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that have PEFT adapters, by dotted name."""
+    if "peft" not in sys.modules:
+        # Importing it takes seconds, and whoever has adapters has imported it.
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kind: Any = BaseTunerLayer  # a mixin: its types do not say that every one is a module
+    return {path: module for path, module in model.named_modules() if isinstance(module, kind)}
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise `ValueError` if a model has PEFT adapters, which would stay dense beside the pruned layers."""
+    if adapters := find_adapters(model):
+        raise ValueError(
+            f"{next(iter(adapters))} and {len(adapters) - 1} more layers have PEFT adapters: merge them before the "
+            f"pruning, with merge_and_unload()"
+        )
 
 
 def weight_of(linear: nn.Module) -> Tensor:
