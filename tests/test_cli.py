@@ -205,7 +205,7 @@ def test_killed_while_pruning_and_resumed(options, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["quickstart", "smollm2_wikitext2", "llama7b_wikitext2"])
+@pytest.mark.parametrize("name", ["quickstart", "smollm2_wikitext2", "smollm2_recovery", "llama7b_wikitext2"])
 def test_every_configuration_is_valid_for_fit_and_prune(name, capsys):
     path = os.path.join(ROOT, "configs", f"{name}.yaml")
     for command in ("fit", "prune"):

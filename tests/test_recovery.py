@@ -164,6 +164,51 @@ def test_a_pruned_folder_is_trained_on_by_itself(options, tmp_path):
     assert not Path("again/model").exists()
 
 
+# ---- The examples
+
+
+@pytest.mark.slow
+def test_the_example_in_own_code(tiny_folder, tmp_path):
+    script = [sys.executable, ROOT / "configs" / "own_code.py", "--model", tiny_folder, "--output", tmp_path / "run"]
+    done = subprocess.run(
+        [*script, "--seqlen", "64", "--steps", "5"], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["stages"]) == ["dense", "pruned", "finetuned"]
+    assert summary["measured_sparsity"] == 0.5
+
+
+@pytest.mark.slow
+def test_the_example_of_recovery_in_one_run(tiny_folder, local_data, tmp_path, monkeypatch):
+    """The file as it is, with a small model, less text and fewer steps."""
+    import wandb
+
+    monkeypatch.chdir(tmp_path)
+    less = {
+        "model.name_or_path": tiny_folder,
+        "data.init_args.seqlen": 64,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 4,
+        "trainer.val_check_interval": 2,
+        "trainer.check_val_every_n_epoch": "null",
+        "trainer.limit_val_batches": 2,
+        "pruning.calibration.init_args.samples": 4,
+        "pruning.calibration.init_args.seqlen": 64,
+        "pruning.evaluation.seqlen": 64,
+        "pruning.evaluation.max_windows": 2,
+        "sparse_finetune.max_steps": 6,
+    }
+    options = [text for name, value in less.items() for text in (f"--{name}", str(value))]
+    main(["fit", "--config", str(ROOT / "configs" / "smollm2_recovery.yaml"), "--output_dir", "run", *options])
+    wandb.finish()
+    assert list(json.loads(Path("run/summary.json").read_text())["stages"]) == ["dense", "pruned", "finetuned"]
+    for path in Path("run/sparse_checkpoints").glob("*.ckpt"):
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        zeros = [(w == 0).float().mean().item() for name, w in saved.items() if "_proj" in name]
+        assert zeros == pytest.approx([0.6] * len(zeros), abs=1e-3)
+
+
 # ---- Several processes, compiled models
 
 DISTRIBUTED = """
