@@ -55,6 +55,7 @@ def weights_of(path):
     return {name: p.detach() for name, p in load_model(str(path)).named_parameters()}
 
 
+@pytest.mark.slow
 def test_one_command_trains_prunes_and_trains_on(options, tmp_path, capsys):
     main(["fit", *options, "--output_dir", "out"])
     pruned, finetuned = weights_of("out/model"), weights_of("out/model_finetuned")
@@ -147,12 +148,24 @@ def test_killed_in_the_sparse_phase_and_resumed(options, tmp_path, distillation)
     assert one == two
 
 
+def test_averages_are_refused_before_the_first_phase(options, tmp_path, capsys):
+    averaging = '[{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]'
+    with pytest.raises(SystemExit):
+        main(["fit", *options, "--output_dir", "out", "--trainer.callbacks", averaging])
+    assert "EMAWeightAveraging would average" in capsys.readouterr().err
+    assert not Path("out/model").exists()
+
+
+@pytest.mark.slow
 def test_a_sparse_checkpoint_needs_a_sparse_finetune(options, tmp_path, capsys):
     main(["fit", *options, "--output_dir", "out", "--sparse_finetune.max_steps", "1"])
+    checkpoint = ["--ckpt_path", "out/sparse_checkpoints/last.ckpt"]
     with pytest.raises(SystemExit):
-        main(["fit", *options, "--ckpt_path", "out/sparse_checkpoints/last.ckpt", "--sparse_finetune", "null"])
+        main(["fit", *options, *checkpoint, "--sparse_finetune.max_steps", "null"])
+    assert "was written by a sparse fine-tune" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_pruned_folder_is_trained_on_by_itself(options, tmp_path):
     main(["fit", *options, "--output_dir", "out", "--sparse_finetune.max_steps", "null"])
     frozen = '[{"class_path": "FrozenSparsity"}]'

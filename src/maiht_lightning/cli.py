@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .callbacks.pruning import MAIHTPruning
+from .callbacks.trainer import check_trainer, find_callback
 from .commands import COMMANDS
 
 # Imported so that their classes can be given by name alone, as in `--data WikiText2DataModule`.
@@ -50,7 +51,7 @@ class PruningTrainer(Trainer):
             MisconfigurationException: The Trainer has no `MAIHTPruning`, or as that callback says.
         """
         callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
-        pruning = next((callback for callback in callbacks if isinstance(callback, MAIHTPruning)), None)
+        pruning = find_callback(self, MAIHTPruning)
         if pruning is None:
             raise MisconfigurationException("prune needs MAIHTPruning among the Trainer's callbacks")
         pruning.setup(self, model, "fit")
@@ -167,6 +168,10 @@ class MAIHTCLI(LightningCLI):
                 f"{ckpt_path} was written by a sparse fine-tune: to go on, give its max_epochs or max_steps"
             )
         if not going_on:
+            pruning = find_callback(self.trainer, MAIHTPruning)
+            if pruning is not None and settings.wanted:
+                # Known now, and not only when the first phase is over.
+                check_trainer(self.trainer, pruning, trains_on=True)
             weights_only = data.pop("weights_only", None)
             self.trainer.fit(model, ckpt_path=ckpt_path, weights_only=weights_only, **data)
             ckpt_path = None

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .callbacks.distillation import Distillation
-from .callbacks.pruning import MAIHTPruning, find_callback
+from .callbacks.pruning import MAIHTPruning
+from .callbacks.trainer import find_callback
 from .callbacks.watchers import start_over
 from .data.calibration import check_at_least
 

@@ -1,19 +1,15 @@
 """`MAIHTPruning`: prune the model at the end of a fit, or in the middle of it."""
 
 import json
-import resource
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, RichProgressBar, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -44,12 +40,11 @@ from ..sparsity import count_zeros, measured_sparsity
 from .frozen import FrozenSparsity
 from .language_model import find_language_model, find_tokenizer
 from .schedule import parse_schedule
+from .trainer import check_reachable, check_trainer, find_callback, peak_memory_bytes, quiet_progress_bar
 from .watchers import start_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-C = TypeVar("C", bound=Callback)
 
 
 class MAIHTPruning(Callback):
@@ -149,7 +144,7 @@ class MAIHTPruning(Callback):
         """Refuse Trainers that would undo or split the pruning; see to it that zeros are kept."""
         if stage != "fit":
             return
-        self._check_trainer(trainer)
+        check_trainer(trainer, self, trains_on=self._trains_on)
         if self._trains_on and find_callback(trainer, FrozenSparsity) is None:
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             # Right after this one, and so before `ModelCheckpoint`, which is last and shall find masked weights.
@@ -168,7 +163,7 @@ class MAIHTPruning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time; see whether there is anything to prune."""
-        self._check_reachable(trainer)
+        check_reachable(self.shots[self.done :], trainer)
         if self.done == 0 and find_callback(trainer, FrozenSparsity) is not None and self._has_the_zeros(pl_module):
             rank_zero_info("MAIHTPruning: the model has the zeros asked for; it is trained on with them and not pruned")
             self.done, self._pruned_step = len(self.shots), trainer.global_step
@@ -435,59 +430,3 @@ class MAIHTPruning(Callback):
                 f"{len(lost)} layers have fewer zeros than when they were pruned, {lost[0]} first: was a checkpoint "
                 f"from before the pruning loaded? The pruned model is in {self.output_dir}/model."
             )
-
-    def _check_trainer(self, trainer: Trainer) -> None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for index, callback in enumerate(callbacks):
-            if not isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-                continue
-            if index > callbacks.index(self):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} stands after MAIHTPruning and would overwrite the pruned weights "
-                    f"with dense averages: put it before MAIHTPruning in the Trainer's callbacks"
-                )
-            if self._trains_on:
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} would average the weights from before the pruning into those from "
-                    f"after it: leave it out, or prune at the end"
-                )
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"MAIHTPruning prunes on one device, but the Trainer has {trainer.world_size} processes with "
-                f"{type(trainer.strategy).__name__}: train without it and prune afterwards with `maiht prune`"
-            )
-
-    def _check_reachable(self, trainer: Trainer) -> None:
-        for shot in self.shots[self.done :]:
-            ends = {"epoch": trainer.max_epochs, "step": trainer.estimated_stepping_batches}
-            end = ends.get(shot.unit)
-            if end is not None and 0 <= end < shot.count:
-                raise MisconfigurationException(
-                    f"prune_at: {shot.name} is never reached, since the fit ends after {end} {shot.unit}s"
-                )
-
-
-@contextmanager
-def quiet_progress_bar(trainer: Trainer) -> Iterator[None]:
-    """Stop Rich's live display, which would fight with the pruning's bar for the last line of the terminal."""
-    bar = trainer.progress_bar_callback
-    display = bar.progress if isinstance(bar, RichProgressBar) else None
-    if display is not None:
-        display.stop()
-    yield
-    if display is not None and trainer.training and not trainer.should_stop:
-        display.start()
-
-
-def find_callback(trainer: Trainer, kind: type[C]) -> C | None:
-    """The Trainer's first callback of a class."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
-
-
-def peak_memory_bytes() -> int:
-    """Highest GPU memory allocated by this process, or its highest resident memory without a GPU, in bytes."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

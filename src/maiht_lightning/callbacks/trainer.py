@@ -1,0 +1,85 @@
+"""What `MAIHTPruning` asks of a Trainer."""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, RichProgressBar, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from .schedule import Shot
+
+C = TypeVar("C", bound=Callback)
+
+
+def find_callback(trainer: Trainer, kind: type[C]) -> C | None:
+    """The Trainer's first callback of a class."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def check_trainer(trainer: Trainer, pruning: Callback, *, trains_on: bool) -> None:
+    """Refuse what would undo the pruning, and several processes.
+
+    Args:
+        trainer: The Trainer.
+        pruning: `MAIHTPruning` among its callbacks.
+        trains_on: Whether there is training to come after a pruning.
+
+    Raises:
+        MisconfigurationException: See above.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for index, callback in enumerate(callbacks):
+        if not isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            continue
+        if index > callbacks.index(pruning):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} stands after MAIHTPruning and would overwrite the pruned weights "
+                f"with dense averages: put it before MAIHTPruning in the Trainer's callbacks"
+            )
+        if trains_on:
+            raise MisconfigurationException(
+                f"{type(callback).__name__} would average the weights from before the pruning into those from "
+                f"after it: leave it out, or prune at the end"
+            )
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"MAIHTPruning prunes on one device, but the Trainer has {trainer.world_size} processes with "
+            f"{type(trainer.strategy).__name__}: train without it and prune afterwards with `maiht prune`"
+        )
+
+
+def check_reachable(shots: list[Shot], trainer: Trainer) -> None:
+    """Raise `MisconfigurationException` if a shot comes after the fit's end."""
+    for shot in shots:
+        ends = {"epoch": trainer.max_epochs, "step": trainer.estimated_stepping_batches}
+        end = ends.get(shot.unit)
+        if end is not None and 0 <= end < shot.count:
+            raise MisconfigurationException(
+                f"prune_at: {shot.name} is never reached, since the fit ends after {end} {shot.unit}s"
+            )
+
+
+@contextmanager
+def quiet_progress_bar(trainer: Trainer) -> Iterator[None]:
+    """Stop Rich's live display, which would fight with the pruning's bar for the last line of the terminal."""
+    bar = trainer.progress_bar_callback
+    display = bar.progress if isinstance(bar, RichProgressBar) else None
+    if display is not None:
+        display.stop()
+    yield
+    if display is not None and trainer.training and not trainer.should_stop:
+        display.start()
+
+
+def peak_memory_bytes() -> int:
+    """Highest GPU memory allocated by this process, or its highest resident memory without a GPU, in bytes."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
