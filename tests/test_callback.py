@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
-from maiht_lightning import MAIHTPruning
+from maiht_lightning import MAIHTPruning, prune
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.sparsity import count_zeros
 from own_module import NoTokenizer, OwnModule, Windows, trainer
@@ -74,6 +74,19 @@ def test_the_dense_stage_is_the_model_as_trained(module, text, tmp_path):
     trainer(Copy(), pruning(tmp_path)).fit(module)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stages"]["dense"]["perplexity"]["random"] == pytest.approx(trained["perplexity"], rel=1e-6)
+
+
+def test_gradients_and_moments_are_freed_before_pruning(module, text, tmp_path, monkeypatch):
+    held = {}
+
+    def look(model, *args, **kwargs):
+        held["gradients"] = [p.grad for p in module.parameters() if p.grad is not None]
+        held["moments"] = [len(optimizer.state) for optimizer in module.trainer.optimizers]
+        return prune(model, *args, **kwargs)
+
+    monkeypatch.setattr("maiht_lightning.callbacks.pruning.prune", look)
+    trainer(pruning(tmp_path)).fit(module)
+    assert held == {"gradients": [], "moments": [0]}
 
 
 def test_bf16_true(module, text, tmp_path):

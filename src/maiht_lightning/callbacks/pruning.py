@@ -189,6 +189,9 @@ class MAIHTPruning(Callback):
         if next_shot.unit != "end" and not next_shot.is_due(trainer.current_epoch, trainer.global_step):
             rank_zero_warn(f"the fit ended before {next_shot.name}: the model is pruned now")
         self._count_seconds("fit")
+        for optimizer in trainer.optimizers:
+            # Its moments are of no more use, and for Adam twice as large as the model.
+            optimizer.state.clear()
         with quiet_progress_bar(trainer):
             self.run(trainer, pl_module)
 
