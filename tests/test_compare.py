@@ -296,3 +296,12 @@ def test_wandb_report_without_its_package_says_what_to_install(make, monkeypatch
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.reports.v2", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'maiht-lightning\[wandb\]'"):
         publish([make("a", "maiht", 50.0)], "me", "project")
+
+
+def test_what_comes_after_the_pruning_does_not_part_dense_models(make):
+    def longer(config):
+        config["sparse_finetune"] = {"max_steps": 100, "distillation": 0.5}
+
+    rows = table([make("one", "maiht", 50.0), make("two", "maiht", 50.0, change=longer)])
+    assert len([row for row in rows if row["method"] == "dense"]) == 1
+    assert len(rows) == 3

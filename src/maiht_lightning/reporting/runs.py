@@ -20,7 +20,8 @@ IRRELEVANT = (
     "trainer.log_every_n_steps",
     "trainer.enable_",
 )
-PRUNING_ONLY, SETTING_OF_MEASURING = "pruning.", "pruning.evaluation."
+# The dense model depends on nothing that comes after it.
+AFTER_THE_DENSE, SETTING_OF_MEASURING = ("pruning.", "sparse_finetune."), "pruning.evaluation."
 # These three have columns of their own.
 IN_COLUMNS = ("pruning.method", "pruning.sparsity", "pruning.pattern")
 
@@ -49,7 +50,7 @@ class Run:
         return {
             name: value
             for name, value in self.settings.items()
-            if not name.startswith(PRUNING_ONLY) or name.startswith(SETTING_OF_MEASURING)
+            if not name.startswith(AFTER_THE_DENSE) or name.startswith(SETTING_OF_MEASURING)
         }
 
 
