@@ -40,7 +40,7 @@ def find_language_model(module: LightningModule, name: str | None = None) -> "Pr
     if len(found) != 1:
         raise MisconfigurationException(
             f"{type(module).__name__} must hold one Hugging Face model to prune, but found "
-            + (f"several: {', '.join(found)}. Name one with MAIHTPruning(model=...)." if found else "none.")
+            + (f"several: {', '.join(found)}. Name one with the argument `model`." if found else "none.")
         )
     ((path, model),) = found.items()
     try:
