@@ -14,6 +14,9 @@ from maiht_lightning import distillation as core
 from maiht_lightning.callbacks.distillation import Distillation
 from maiht_lightning.distillation import distillation_loss, distilled
 
+# Many short fits: several seconds in all.
+pytestmark = pytest.mark.slow
+
 BATCHES = torch.randint(0, 64, (100, 4, 16), generator=torch.Generator().manual_seed(3))
 STEPS = 10
 

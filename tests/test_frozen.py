@@ -160,6 +160,7 @@ def test_gradient_accumulation(sparse, tiny_llama):
     assert module.losses == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "SGD", "Adafactor"])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_half_precision(sparse, precision, name):

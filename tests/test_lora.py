@@ -16,6 +16,9 @@ from maiht_lightning.lora import MaskedLinear, MaskedProduct, mask_lora
 from maiht_lightning.sparsity import count_zeros
 from test_frozen import BATCHES, Module, trainer
 
+# Many short fits: several seconds in all.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TOKENS = BATCHES[95]
 
@@ -88,6 +91,55 @@ def test_as_a_dense_layer_with_the_masked_sum(sparse):
     torch.testing.assert_close(found, logits(plain), rtol=1e-5, atol=1e-5)
 
 
+def test_several_adapters_dropout_and_gradients(sparse, monkeypatch):
+    """As with the formula written out, which autograd differentiates."""
+    model = with_adapters(sparse, lora_dropout=0.3)
+    model.add_adapter("second", LoraConfig(r=3, lora_alpha=5, lora_dropout=0.2, target_modules=["up_proj", "q_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.second" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    model.base_model.set_adapter(["default", "second"])
+    mask_lora(model).train()
+
+    def plain(layer, x):
+        result = layer.base_layer(x)
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                product = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight * layer.scaling[adapter]
+                result = result + layer.lora_dropout[adapter](x) @ (product * (layer.base_layer.weight != 0)).T
+        return result
+
+    def gradients():
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    found = gradients()
+    monkeypatch.setattr(MaskedLinear, "forward", plain)
+    expected = gradients()
+    assert len(found) == 2 * 14 + 2 * 4
+    assert all(gradient.any() for gradient in found.values())
+    torch.testing.assert_close(found, expected)
+    monkeypatch.undo()
+    trained = logits(model.eval())
+    torch.testing.assert_close(logits(model.merge_and_unload()), trained, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_in_float32_over_bfloat16(sparse):
+    zeros = zeros_of(sparse)
+    model = mask_lora(with_adapters(sparse.bfloat16()))
+    trained = logits(model)
+    assert trained.dtype == torch.bfloat16
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    adapters = [p for n, p in model.named_parameters() if "lora_" in n]
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.any() for p in adapters)
+    merged = model.merge_and_unload()
+    assert all(now[zeros[name]].all() for name, now in zeros_of(merged).items())
+    torch.testing.assert_close(logits(merged), trained, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_with_frozen_sparsity(sparse, precision, checkpointing):
@@ -118,6 +170,7 @@ def test_saved_adapters_are_masked_when_they_come_back(sparse, tiny_llama, tmp_p
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     again = PeftModel.from_pretrained(base, tmp_path / "adapters")
     torch.testing.assert_close(logits(mask_lora(again)), expected)
+    torch.testing.assert_close(logits(again.merge_and_unload()), logits(model.merge_and_unload()))
 
 
 def test_switched_off_and_unmerged(sparse):
@@ -148,6 +201,39 @@ def test_what_cannot_be_kept_is_refused(sparse, tiny_llama):
         trainer(FrozenSparsity()).fit(Module(dora))
     dense = get_peft_model(tiny_llama(vocab_size=64), LoraConfig(r=4, target_modules=["up_proj"]))
     assert not any(isinstance(layer, MaskedLinear) for layer in mask_lora(dense).modules())
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
+def test_adapters_added_later_are_masked_or_refused(sparse, settings):
+    model = mask_lora(with_adapters(sparse))
+    before = logits(model)
+    with pytest.raises(ValueError, match="q_proj has zeros and an adapter that cannot keep them"):
+        model.add_adapter("second", LoraConfig(r=4, target_modules="all-linear", **settings))
+    assert torch.equal(logits(model), before)
+    model.add_adapter("third", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.set_adapter("third")
+    zeros, trained = sum(count.zeros for count in count_zeros(model)), logits(mask_lora(model))
+    assert not torch.allclose(trained, before, atol=1e-3)
+    merged = model.merge_and_unload()
+    assert sum(count.zeros for count in count_zeros(merged)) == zeros
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-5, atol=1e-5)
+
+
+def test_quantised_layers_are_refused(sparse):
+    model = with_adapters(sparse)
+    base = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp.up_proj.base_layer"))
+    base.weight = torch.nn.Parameter((base.weight * 100).to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is quantised \(torch\.int8\)"):
+        mask_lora(model)
+
+
+def test_inputs_cannot_choose_among_adapters(sparse):
+    layer = next(m for m in mask_lora(with_adapters(sparse)).modules() if isinstance(m, MaskedLinear))
+    x = torch.randn(2, layer.in_features)
+    assert torch.equal(layer(x, adapter_names=None), layer(x))
+    with pytest.raises(ValueError, match="cannot be mixed within a batch"):
+        layer(x, adapter_names=["default"] * len(x))
 
 
 def test_adapters_must_be_merged_before_pruning(tiny_llama):

@@ -16,6 +16,9 @@ from maiht_lightning.evaluation.settings import Evaluation
 from maiht_lightning.sparsity import count_zeros
 from own_module import NoTokenizer, OwnModule, Windows, trainer
 
+# Many short fits: several seconds in all.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def module(tiny_llama):

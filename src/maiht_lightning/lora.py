@@ -28,26 +28,48 @@ def mask_lora(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: An adapter over a layer with zeros is not a plain LoRA, such as DoRA, one with a bias, or one over
-            GPT-2's `Conv1D`.
+            GPT-2's `Conv1D`; or the layer is quantised, so that its zeros cannot be seen.
     """
     for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or isinstance(layer, MaskedLinear):
+        if not isinstance(layer, LoraLayer):
             continue
         base = layer.get_base_layer()
-        if not isinstance(base, LINEAR_TYPES) or bool((weight_of(base) != 0).all()):
+        if not isinstance(base, LINEAR_TYPES):
             continue
-        if type(layer) is not Linear or layer.lora_variant or any(layer.lora_bias.values()) or layer.fan_in_fan_out:
+        weight = weight_of(base)
+        if not weight.is_floating_point():
             raise ValueError(
-                f"{name} has zeros and an adapter that cannot keep them: expected plain LoRA over an nn.Linear, "
-                f"without a bias, DoRA or other variants, but found {type(layer).__name__} "
-                f"{list(layer.lora_variant.values())}"
+                f"{name} is quantised ({weight.dtype}), and which of its weights are zero cannot be seen: load the "
+                f"model with floating-point weights"
             )
+        if bool((weight != 0).all()):
+            continue
+        _refuse_unmaskable(layer, name)
         layer.__class__ = MaskedLinear
     return model
 
 
+def _refuse_unmaskable(layer: LoraLayer, name: str) -> None:
+    plain = type(layer) in {Linear, MaskedLinear} and not cast(Linear, layer).fan_in_fan_out
+    if not plain or layer.lora_variant or any(layer.lora_bias.values()):
+        raise ValueError(
+            f"{name} has zeros and an adapter that cannot keep them: expected plain LoRA over an nn.Linear, "
+            f"without a bias, DoRA or other variants, but found {type(layer).__name__} "
+            f"{list(layer.lora_variant.values())}"
+        )
+
+
 class MaskedLinear(Linear):
     """PEFT's LoRA layer with the adapters' product masked by its base layer's zeros."""
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add one more adapter, which is masked as the first; one that cannot be is refused."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        try:
+            _refuse_unmaskable(self, kwargs.get("target_name") or type(self).__name__)
+        except ValueError:
+            self.delete_adapter(adapter_name)
+            raise
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The product s B A ∘ M (out, in), which PEFT adds when it merges."""
@@ -55,7 +77,7 @@ class MaskedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W x + (s B A ∘ M) x for inputs (..., in)."""
-        if kwargs.get("adapter_names") is not None:
+        if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapters that keep zeros cannot be mixed within a batch (adapter_names)")
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
