@@ -114,7 +114,7 @@ def real_layers(device: str) -> dict[str, tuple[Tensor, Tensor]]:
         for index in range(BLOCK):
             advance(blocks[index], batches, index)
         groups = accumulate_grams(blocks[BLOCK], batches, BLOCK)
-    grams = {name: group.gram for group in groups for name in group.names}
+    grams = {name: group.gram.float() for group in groups for name in group.names}
     linears = find_linears(blocks[BLOCK])
     return {name: (linears[name].weight.detach().clone(), grams[name]) for name in LAYERS}  # type: ignore[operator]
 

@@ -350,7 +350,7 @@ def test_a_failing_solver_names_the_layer_and_leaves_its_block(llama, windows, m
 def test_out_of_memory_while_capturing_names_the_block(llama, windows, monkeypatch):
     before = state(llama)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("no memory left")
 
     monkeypatch.setattr(pruner, "accumulate_grams", fail)

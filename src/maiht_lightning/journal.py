@@ -7,8 +7,9 @@ a finished block with its weights and, in the metadata, its layer records. Files
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from .capture import find_blocks, find_linears, weight_of
+from .capture import find_blocks, find_linears, whole_tensor
 
 
 @dataclass
@@ -101,7 +103,8 @@ class Journal:
         """Note a finished block."""
         partial = self._path(block).with_suffix(".partial")
         tensors = {name: weight.contiguous().cpu() for name, weight in weights.items()}
-        metadata = {"records": json.dumps([asdict(record) for record in records]), "digest": _digest(weights)}
+        digest = _digest({name: partial_of(Tensor.detach, weight) for name, weight in weights.items()})
+        metadata = {"records": json.dumps([asdict(record) for record in records]), "digest": digest}
         save_file(tensors, partial, metadata=metadata)
         partial.replace(self._path(block))
 
@@ -118,7 +121,7 @@ class Journal:
             return str(file.metadata().get("digest"))
 
     def _path(self, block: int) -> Path:
-        return self.folder / f"block_{block:05d}.safetensors"
+        return block_file(self.folder, block)
 
     @staticmethod
     def _read(path: Path) -> Any:
@@ -126,6 +129,11 @@ class Journal:
             return json.loads(path.read_text())
         except (OSError, ValueError):
             return None
+
+
+def block_file(folder: str | os.PathLike[str], block: int) -> Path:
+    """Where a journal keeps the pruned weights (out, in) of a block, by the layers' names in it."""
+    return Path(folder) / f"block_{block:05d}.safetensors"
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[LayerRecord]:
@@ -143,22 +151,35 @@ def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
     The weights that are pruned have a digest a block, in `blocks`; `model` is that of all other parameters.
     """
     blocks = [find_linears(block) for block in find_blocks(model).modules]
-    pruned = [{name: weight_of(linear) for name, linear in block.items()} for block in blocks]
     ids = {id(linear.weight) for block in blocks for linear in block.values()}
-    others = {name: p for name, p in model.named_parameters() if id(p) not in ids}
+    others = {
+        f"{path}.{name}".removeprefix("."): partial_of(whole_tensor, module, name)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) not in ids
+    }
+    pruned = [{name: partial_of(_whole_weight, linear) for name, linear in block.items()} for block in blocks]
     tokens = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
     return {"model": _digest(others), "blocks": [_digest(block) for block in pruned], "windows": tokens[:16]}
 
 
+def _whole_weight(linear: nn.Module) -> Tensor:
+    whole = whole_tensor(linear, "weight")
+    # As `weight_of` has it.
+    return whole.T if isinstance(linear, Conv1D) else whole
+
+
 @torch.no_grad()
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _digest(tensors: Mapping[str, Callable[[], Tensor]]) -> str:
     """Digest of names, shapes, dtypes and the sums of the bit patterns, taken where the tensors are.
 
+    They come one by one, since they may have to be read from disk or gathered.
     Any training step changes the sums. Their order does not matter.
     """
     digest = hashlib.sha256()
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, tensor in sorted(tensors.items()):
+    for name, make in sorted(tensors.items()):
+        tensor = make()
         total = int(tensor.detach().view(bits[tensor.element_size()]).sum(dtype=torch.int64))
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]

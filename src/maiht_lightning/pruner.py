@@ -7,29 +7,43 @@ only one block's exist at a time.
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from .capture import (
+    Batch,
     DecoderBlocks,
     InputGroup,
+    Place,
+    Workplace,
     accumulate_grams,
     advance,
+    check_place,
+    choose_place,
     evaluation_mode,
     find_blocks,
     find_linears,
+    keeping,
     record_inputs,
     refuse_adapters,
+    skeleton,
     weight_of,
+    whole_tensor,
     write_weight,
 )
-from .journal import Journal, LayerRecord, fingerprint
+from .journal import Journal, LayerRecord, block_file, fingerprint
 from .solvers import LayerResult, LayerSolver, MAIHTConfig, Pattern, check_method, parse_pattern, resolve_config
+from .solvers.slices import MATRICES
+from .team import Team, TeammateError
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +90,22 @@ def prune(
     progress: bool = True,
     batch_size: int = 1,
     on_block: Callable[[list[LayerRecord]], None] | None = None,
+    device: torch.device | str | None = None,
+    hidden_states: Place = "auto",
+    process_group: ProcessGroup | None = None,
 ) -> PruningReport:
     """Prune the linear layers in the decoder blocks of a causal language model, in place and in one shot.
 
     Embeddings, norms and the output head stay as they are. The model keeps its dtype, its device and the
     training mode of every module.
 
+    A model need not lie where it is computed: in host memory, with `device` naming a GPU; on disk, as `from_pretrained`
+    leaves it with `device_map={..., "model.layers": "disk"}`; or in the shards of FSDP2. Then one block at a time is
+    brought to the device, and the next one read meanwhile. A model on disk finds its pruned weights in the journal's
+    files afterwards.
+
     Args:
-        model: A Hugging Face causal language model of the LLaMA shape, on the device to compute on.
+        model: A Hugging Face causal language model of the LLaMA shape.
         windows: Calibration token ids, LongTensor (samples, seqlen).
         sparsity: Fraction of zeros in [0, 1): exactly floor(sparsity · numel) a layer for `unstructured`.
         pattern: `unstructured` (compared within a layer), `row` (within an output row), or `N:M` (N kept of
@@ -95,6 +117,12 @@ def prune(
         progress: Show a progress bar.
         batch_size: Windows a calibration forward pass.
         on_block: Called with a block's records when it is done.
+        device: Where to compute; by default where the model is.
+        hidden_states: Where the windows' hidden states are kept: `device`, `host` (pinned), `disk`, or `auto`, the
+            first of these with room for them.
+        process_group: Processes that prune together, such as `torch.distributed.group.WORLD`: each calls this with
+            the same arguments and with the same model, or its shards of one. The windows and the layers are shared
+            out, and all end with the same weights. The first process keeps the journal.
 
     Returns:
         One record a layer, with times in seconds.
@@ -108,75 +136,156 @@ def prune(
         Alistarh, *SparseGPT*, ICML 2023.
     """
     check_method(method)
+    check_place(hidden_states)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
     structure, settings = parse_pattern(pattern, sparsity), resolve_config(config)
-    blocks = find_blocks(model)
+    blocks, team = find_blocks(model), Team(process_group)
     names = [[f"{blocks.path}.{i}.{n}" for n in find_linears(block)] for i, block in enumerate(blocks.modules)]
-    _check_weights(model, blocks, structure)
+    _check_weights(model, blocks, structure, on_disk_allowed=journal_dir is not None)
     check_windows(windows, model)
+    if len(windows.split(batch_size)) < team.size:
+        raise ValueError(
+            f"{len(windows)} windows in batches of {batch_size} are too few for {team.size} processes: take more "
+            f"windows, a smaller batch_size or fewer processes"
+        )
 
-    solver: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "method": method}
-    journal = None
-    if journal_dir is not None:
-        # A budget changes nothing but rounding: after running out of memory, a smaller one may go on.
-        lasting = asdict(replace(settings, memory_budget=None))
-        if not settings.keep_zeros:
-            # Journals of older versions do not know it.
-            del lasting["keep_zeros"]
-        journal = Journal(journal_dir, {**solver, "config": lasting, **fingerprint(model, windows)})
-        if journal.moved_to is not None:
-            log.warning("The journal in %s was of another pruning; moved to %s", journal.folder, journal.moved_to)
-
-    report = PruningReport()
+    solver: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "method": method, "config": settings}
+    journal = None if journal_dir is None else _open_journal(journal_dir, solver, model, windows, team)
+    place = Workplace(blocks, _computing_device(model, device))
+    begun = time.perf_counter()
     with (
         evaluation_mode(model),
-        tqdm(total=sum(map(len, names)), desc="Pruning", unit="layer", disable=not progress) as bar,
+        place.open(),
+        tqdm(total=sum(map(len, names)), desc="Pruning", unit="layer", disable=not (progress and team.leads)) as bar,
     ):
-        start = time.perf_counter()
-        batches = record_inputs(model, blocks.modules, windows, batch_size)
-        report.capture_seconds += time.perf_counter() - start
-        for index, block in enumerate(blocks.modules):
-            prefix, label = f"{blocks.path}.{index}", f"block {index + 1}/{len(blocks.modules)}"
-            done = journal.load(index) if journal is not None else None
-            if done is None:
-                start = time.perf_counter()
-                bar.set_postfix_str(f"{label}, Gram matrices")
-                groups = _capture(block, batches, index, prefix)
-                captured = time.perf_counter()
-                options = {**solver, "config": settings}
-                results = _solve(block, groups, prefix, bar, label=label, solver=options)
-                report.capture_seconds += captured - start
-                report.solve_seconds += time.perf_counter() - captured
-                weights = {name: result.weight for name, result in results.items()}
-                records = [_record(f"{prefix}.{name}", index, result) for name, result in results.items()]
-                if journal is not None:
-                    journal.save(index, weights, records)
-            else:
-                weights, records = done
-                bar.set_postfix_str(f"{label}, from the journal")
-                bar.update(len(weights))
-            _write(block, weights)
-            report.layers += records
-            if on_block is not None:
-                on_block(records)
-            if index + 1 < len(blocks.modules):
-                start = time.perf_counter()
-                advance(block, batches, index)
-                report.capture_seconds += time.perf_counter() - start
-    return report
+        source = skeleton(model, blocks, place.device) if place.away else model
+        kept = hidden_states
+        if kept == "auto":
+            kept = _auto_place(model, blocks, windows.numel() // team.size, place)
+        folder = None if journal_dir is None else Path(journal_dir).parent
+        with keeping(kept, place.device, folder) as keep:
+            # Whole batches, so that each is what it would be with one process.
+            share = torch.cat(team.deal(windows.split(batch_size)))
+            inside = find_blocks(source).modules
+            batches = record_inputs(source, inside, share, batch_size, device=place.device, keep=keep)
+            del source, inside, keep
+            work = _Work(place, batches, team, journal, solver, bar, PruningReport())
+            work.report.capture_seconds += time.perf_counter() - begun
+            # The pruned block before this one, through which the batches have not been brought yet.
+            before: nn.Module | None = None
+            for index in range(len(blocks.modules)):
+                block = place.load(index)
+                place.read_ahead(index + 1)
+                weights, records = work.prune_block(block, index, before)
+                _write(block, weights)
+                if place.away:
+                    place.store(index, weights, None if journal_dir is None else block_file(journal_dir, index))
+                work.report.layers += records
+                if on_block is not None:
+                    on_block(records)
+                before = block
+    return work.report
 
 
-def _check_weights(model: nn.Module, blocks: DecoderBlocks, pattern: Pattern) -> None:
+@dataclass
+class _Work:
+    """What the pruning of each block needs."""
+
+    place: Workplace
+    batches: list[Batch]
+    team: Team
+    journal: Journal | None
+    solver: dict[str, Any]
+    bar: Any
+    report: PruningReport
+
+    def prune_block(
+        self, block: nn.Module, index: int, before: nn.Module | None
+    ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+        """Weights by name in the block, and records; the batches are brought through the block before."""
+        blocks, start = self.place.blocks, time.perf_counter()
+        prefix, label = f"{blocks.path}.{index}", f"block {index + 1}/{len(blocks.modules)}"
+        done = self.team.tell(self.journal.load(index) if self.journal is not None else None)
+        if done is not None:
+            if before is not None:
+                advance(before, self.batches, index - 1)
+            self.bar.set_postfix_str(f"{label}, from the journal")
+            self.bar.update(len(done[0]))
+            self.report.capture_seconds += time.perf_counter() - start
+            return done
+        self.bar.set_postfix_str(f"{label}, Gram matrices")
+        tf32 = self.solver["config"].precision == "tf32"
+        groups = _capture(block, self.batches, index, prefix, before, self.team, tf32=tf32)
+        captured = time.perf_counter()
+        weights, records = _solve(
+            block, groups, index, prefix, self.bar, label=label, solver=self.solver, team=self.team
+        )
+        self.report.capture_seconds += captured - start
+        self.report.solve_seconds += time.perf_counter() - captured
+        if self.journal is not None:
+            self.journal.save(index, weights, records)
+        return weights, records
+
+
+def _open_journal(
+    folder: str | os.PathLike[str], solver: dict[str, Any], model: nn.Module, windows: Tensor, team: Team
+) -> Journal | None:
+    """The journal, at the first process."""
+    # By all processes, since shards have to be gathered for it.
+    fingerprints = fingerprint(model, windows)
+    with team.together():
+        journal = Journal(folder, {**_lasting(solver), **fingerprints}) if team.leads else None
+    if journal is not None and journal.moved_to is not None:
+        log.warning("The journal in %s was of another pruning; moved to %s", journal.folder, journal.moved_to)
+    return journal
+
+
+def _lasting(solver: dict[str, Any]) -> dict[str, Any]:
+    """What decides a pruning's result, for its journal."""
+    # A budget changes nothing but rounding: after running out of memory, a smaller one may go on.
+    config = asdict(replace(solver["config"], memory_budget=None))
+    if not config["keep_zeros"]:
+        # Journals of older versions do not know it.
+        del config["keep_zeros"]
+    return {**solver, "config": config}
+
+
+def _computing_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def _auto_place(model: nn.Module, blocks: DecoderBlocks, tokens: int, place: Workplace) -> Place:
+    """Where the hidden states go: the budget is what the device has beside a block and what is done with it."""
+    linears = find_linears(blocks.modules[0]).values()
+    parameter = weight_of(next(iter(linears)))
+    shapes = [weight_of(linear).shape for linear in linears]
+    grams = sum({inputs: 8 * inputs**2 for _, inputs in shapes}.values()) * 2
+    solver = max(4 * (out * inputs * MATRICES + 2 * inputs**2) for out, inputs in shapes)
+    block = sum(p.numel() * p.element_size() for p in blocks.modules[0].parameters())
+    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    return choose_place(tokens * width * parameter.element_size(), place.device, grams + solver + 3 * block)
+
+
+def _check_weights(model: nn.Module, blocks: DecoderBlocks, pattern: Pattern, *, on_disk_allowed: bool) -> None:
     refuse_adapters(model)
     for i, block in enumerate(blocks.modules):
         for name, linear in find_linears(block).items():
             path, weight = f"{blocks.path}.{i}.{name}", weight_of(linear)
             if not weight.is_floating_point():
                 raise TypeError(f"{path} has weights of {weight.dtype}: load the model in a floating-point dtype")
+            pattern.check_shape(weight.shape, path)
+            if weight.is_meta:
+                if not on_disk_allowed:
+                    raise ValueError(f"{path} is on disk, and its pruned weights need a place there: give journal_dir")
+                if isinstance(linear, Conv1D):
+                    raise ValueError(f"{path} is a Conv1D on disk, which is not supported: load the model into memory")
+            if weight.is_meta or isinstance(weight, DTensor):
+                weight = whole_tensor(linear, "weight")
             if not all(extreme.isfinite() for extreme in weight.aminmax()):
                 raise ValueError(f"{path} has weights that are NaN or infinite: did training diverge?")
-            pattern.check_shape(weight.shape, path)
 
 
 def check_windows(windows: Tensor, model: nn.Module) -> None:
@@ -198,36 +307,95 @@ def check_windows(windows: Tensor, model: nn.Module) -> None:
         )
 
 
-def _capture(block: nn.Module, batches: list[Any], index: int, prefix: str) -> list[InputGroup]:
+def _capture(
+    block: nn.Module,
+    batches: list[Batch],
+    index: int,
+    prefix: str,
+    before: nn.Module | None,
+    team: Team,
+    *,
+    tf32: bool,
+) -> list[InputGroup]:
     try:
-        return accumulate_grams(block, batches, index)
+        with team.together():
+            return accumulate_grams(block, batches, index, before=before, tf32=tf32)
     except (ValueError, RuntimeError) as error:
         raise PruningError(f"{prefix} could not be captured: {error}. It and later blocks are unchanged.") from error
 
 
 def _solve(
-    block: nn.Module, groups: list[InputGroup], prefix: str, bar: Any, *, label: str, solver: dict[str, Any]
-) -> dict[str, LayerResult]:
-    """Results by name in the block. Empties `groups`, so that a Gram matrix goes when it has been used."""
-    linears, results = find_linears(block), {}
-    while groups:
-        group = groups.pop(0)
-        # What fails before the first layer of a group is begun concerns their common inputs, so all of them.
-        concerned = group.names
-        bar.set_postfix_str(f"{label}, {', '.join(group.names)}")
-        try:
-            shared = LayerSolver(group.gram, **solver)
-            for name in group.names:
-                concerned = [name]
-                results[name] = result = shared.prune(weight_of(linears[name]))
-                bar.set_postfix_str(f"{label}, {name}, error {result.relative_error:.4f}")
-                bar.update()
-        except (ValueError, ArithmeticError, RuntimeError) as error:
-            raise PruningError(
-                f"{', '.join(f'{prefix}.{name}' for name in concerned)} could not be pruned: {error}. "
-                f"This block and later ones are unchanged."
-            ) from error
-    return results
+    block: nn.Module,
+    groups: list[InputGroup],
+    index: int,
+    prefix: str,
+    bar: Any,
+    *,
+    label: str,
+    solver: dict[str, Any],
+    team: Team,
+) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+    """Weights by name in the block, and records. Empties `groups`: a Gram matrix goes when it has been used."""
+    linears, names = find_linears(block), [group.names for group in groups]
+    costs = [len(g.gram) ** 2 * sum(len(weight_of(linears[name])) for name in g.names) for g in groups]
+    owners = team.owners([float(cost) for cost in costs])
+    weights: dict[str, Tensor] = {}
+    records: dict[str, LayerRecord] = {}
+    try:
+        with team.together():
+            mine = []
+            for owner in owners:
+                team.sum_at(groups[0].gram, owner)
+                group = groups.pop(0)
+                if owner == team.rank:
+                    mine.append(group)
+                del group
+            while mine:
+                group = mine.pop(0)
+                gram, group.gram = group.gram.float(), group.gram.new_empty(0)
+                for name, result in _solve_group(linears, group.names, gram, prefix, bar, label, solver):
+                    weights[name], records[name] = result.weight, _record(f"{prefix}.{name}", index, result)
+                del gram
+    except TeammateError as error:
+        raise PruningError(f"{prefix} could not be pruned: {error}") from error
+    if team.size > 1:
+        records = {name: record for part in team.gather(records) for name, record in part.items()}
+        for owner, members in zip(owners, names, strict=True):
+            for name in members:
+                if owner != team.rank:
+                    weights[name] = torch.empty_like(weight_of(linears[name]), memory_format=torch.contiguous_format)
+                    bar.update()
+                weights[name] = team.broadcast(weights[name].contiguous(), owner)
+    order = [name for members in names for name in members]
+    return {name: weights[name] for name in order}, [records[name] for name in order]
+
+
+def _solve_group(
+    linears: dict[str, nn.Module],
+    names: list[str],
+    gram: Tensor,
+    prefix: str,
+    bar: Any,
+    label: str,
+    solver: dict[str, Any],
+) -> Iterator[tuple[str, LayerResult]]:
+    # What fails before the first layer of a group is begun concerns their common inputs, so all of them.
+    concerned = names
+    bar.set_postfix_str(f"{label}, {', '.join(names)}")
+    try:
+        shared = LayerSolver(gram, **solver)
+        del gram
+        for name in names:
+            concerned = [name]
+            result = shared.prune(weight_of(linears[name]))
+            bar.set_postfix_str(f"{label}, {name}, error {result.relative_error:.4f}")
+            bar.update()
+            yield name, result
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise PruningError(
+            f"{', '.join(f'{prefix}.{name}' for name in concerned)} could not be pruned: {error}. "
+            f"This block and later ones are unchanged."
+        ) from error
 
 
 def _write(block: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -1,5 +1,10 @@
-"""Gram matrices of the inputs of a block's linear layers."""
+"""Gram matrices of the inputs of a block's linear layers.
 
+Each batch's XᵀX is computed in float32 and summed in float64, so that neither the order of the batches nor how many
+processes share them changes more than, rarely, the last bit of the sum.
+"""
+
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +14,9 @@ from ..solvers.precision import float32_products
 from .blocks import find_linears, weight_of
 from .replay import Batch, run_block
 
+# Formats whose values TF32 holds exactly: with it their products are as good as in float32, and far faster.
+_WITHIN_TF32 = (torch.bfloat16, torch.float16)
+
 
 @dataclass
 class InputGroup:
@@ -16,7 +24,7 @@ class InputGroup:
 
     Args:
         names: Their names in the block.
-        gram: G = XᵀX (in, in), float32, summed over all tokens seen.
+        gram: G = XᵀX (in, in), float64, summed over all tokens seen.
     """
 
     names: list[str]
@@ -24,13 +32,20 @@ class InputGroup:
 
 
 @torch.no_grad()
-def accumulate_grams(block: nn.Module, batches: list[Batch], index: int) -> list[InputGroup]:
+def accumulate_grams(
+    block: nn.Module, batches: list[Batch], index: int, *, before: nn.Module | None = None, tf32: bool = False
+) -> list[InputGroup]:
     """Run all batches through one block and sum XᵀX for each distinct input of its linear layers.
+
+    A pass ends at the input of the last layer, since the block's output is of no use before it is pruned.
 
     Args:
         block: The decoder block in eval mode.
-        batches: Its inputs; left as they are.
+        batches: Its inputs; left as they are, but for `before`.
         index: The block's place in the model, which picks its arguments.
+        before: The pruned block before this one, if the batches are still that one's inputs: each batch is brought
+            through both at once, so that hidden states kept in host memory or on disk are read once a block.
+        tf32: Round float32 inputs to TF32 in the products, on CUDA devices that have it.
 
     Returns:
         The groups in the order in which the block uses them.
@@ -39,14 +54,17 @@ def accumulate_grams(block: nn.Module, batches: list[Batch], index: int) -> list
         ValueError: A linear layer of the block did not run or ran twice, or its inputs are not finite.
     """
     linears = find_linears(block)
-    collector = _Collector()
+    collector = _Collector(tf32)
     handles = [
         linear.register_forward_pre_hook(lambda module, args, name=name: collector.see(name, module, args[0]))
         for name, linear in linears.items()
     ]
     try:
         for batch in batches:
-            run_block(block, batch.hidden, batch.arguments[index])
+            if before is not None:
+                batch.advance(before, index - 1)
+            with suppress(_SeenAll):
+                run_block(block, batch.input(), batch.arguments[index])
             collector.end_batch()
     finally:
         for handle in handles:
@@ -55,7 +73,7 @@ def accumulate_grams(block: nn.Module, batches: list[Batch], index: int) -> list
     if missing:
         raise ValueError(f"the linear layers {', '.join(missing)} did not run, so their inputs are unknown")
     for group in collector.groups:
-        if not bool(group.gram.isfinite().all()):
+        if not all(extreme.isfinite() for extreme in group.gram.aminmax()):
             raise ValueError(f"the inputs of {', '.join(group.names)} are not finite: the model overflows on them")
     return collector.groups
 
@@ -64,17 +82,24 @@ def accumulate_grams(block: nn.Module, batches: list[Batch], index: int) -> list
 def advance(block: nn.Module, batches: list[Batch], index: int) -> None:
     """Replace each batch's hidden states by the block's output."""
     for batch in batches:
-        batch.hidden = run_block(block, batch.hidden, batch.arguments[index])
+        batch.advance(block, index)
+
+
+class _SeenAll(Exception):
+    """Ends a pass through a block whose inputs have all been seen."""
 
 
 @dataclass
 class _Collector:
     """Sums a Gram matrix for each distinct input; the first batch shows which layers share one."""
 
+    tf32: bool = False
     groups: list[InputGroup] = field(default_factory=list)
     group_of: dict[str, InputGroup] = field(default_factory=dict)
     # The tensors of the batch under way, held so that no address is used twice.
     inputs: list[Tensor] = field(default_factory=list)
+    # A batch's product, by its size: fresh memory for each would cost as much as the sum.
+    products: dict[int, Tensor] = field(default_factory=dict)
     first_batch: bool = True
 
     def see(self, name: str, linear: nn.Module, inputs: Tensor) -> None:
@@ -92,7 +117,8 @@ class _Collector:
                     self.group_of[name] = group
                     return
             size = weight_of(linear).shape[1]
-            gram = torch.zeros(size, size, dtype=torch.float32, device=inputs.device)
+            gram = torch.zeros(size, size, dtype=torch.float64, device=inputs.device)
+            self.products.setdefault(size, torch.empty(size, size, dtype=torch.float32, device=inputs.device))
             self.group_of[name] = InputGroup([name], gram)
             self.groups.append(self.group_of[name])
             self.inputs.append(inputs)
@@ -100,9 +126,12 @@ class _Collector:
             return
         gram = self.group_of[name].gram
         # Whatever precision the training run has set for its own products.
-        with torch.autocast(gram.device.type, enabled=False), float32_products(tf32=False):
-            tokens = inputs.reshape(-1, inputs.shape[-1]).to(gram.dtype)
-            gram.addmm_(tokens.T, tokens)
+        tf32 = self.tf32 or inputs.dtype in _WITHIN_TF32
+        with torch.autocast(gram.device.type, enabled=False), float32_products(tf32=tf32):
+            tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+            gram += torch.mm(tokens.T, tokens, out=self.products[len(gram)])
+        if not self.first_batch and name == self.groups[-1].names[0]:
+            raise _SeenAll
 
     def end_batch(self) -> None:
         self.inputs.clear()

@@ -1,0 +1,218 @@
+"""Two processes that prune one model, with gloo on the CPU."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from maiht_lightning.pruner import prune
+from maiht_lightning.team import Team
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
+
+HEAD = """
+    import os, sys, time
+    from datetime import timedelta
+    import torch
+    import torch.distributed as dist
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from maiht_lightning.pruner import prune
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
+    )).eval()
+    windows = torch.randint(0, 64, (7, 32), generator=torch.Generator().manual_seed(1))
+    alone = os.environ["WORLD_SIZE"] == "1"
+    if not alone:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    group = None if alone else dist.group.WORLD
+    rank = int(os.environ["RANK"])
+"""
+
+
+def launch(program, processes, folder, *arguments):
+    """The processes of a program, each with a rank, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    path = folder / "program.py"
+    path.write_text(textwrap.dedent(HEAD) + textwrap.dedent(program))
+    started = []
+    for rank in range(processes):
+        place = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        variables = {**ENVIRONMENT, "MASTER_ADDR": "localhost", **{name: str(value) for name, value in place.items()}}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, path, *arguments], cwd=folder, env=variables, stderr=subprocess.PIPE, text=True
+            )
+        )
+    return started
+
+
+def finished(program, processes, folder, *arguments):
+    """The errors of a program that has run to its end without any."""
+    for process in launch(program, processes, folder, *arguments):
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
+
+
+PRUNE = """
+    settings = {"sparsity": 0.5, "method": sys.argv[1], "pattern": sys.argv[2], "batch_size": int(sys.argv[3])}
+    journal = {"journal_dir": "journal"} if "journal" in sys.argv else {}
+    report = prune(model, windows, process_group=group, progress=False, **settings, **journal)
+    records = [(r.name, r.zeros, r.relative_error, r.objective) for r in report.layers]
+    torch.save({"weights": model.state_dict(), "records": records}, f"of_{os.environ['WORLD_SIZE']}_{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [("maiht", "unstructured", "1"), ("maiht", "2:4", "2"), ("sparsegpt", "row", "3")])
+def test_two_processes_as_one(settings, tmp_path):
+    """Seven windows: one process has one more than the other, and the last batch is smaller."""
+    finished(PRUNE, 1, tmp_path, *settings)
+    finished(PRUNE, 2, tmp_path, *settings)
+    alone, first, second = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    assert first["records"] == second["records"] == alone["records"]
+    for name, weight in alone["weights"].items():
+        assert torch.equal(first["weights"][name], weight), name
+        assert torch.equal(second["weights"][name], weight), name
+
+
+@pytest.mark.slow
+def test_three_processes_go_on_with_the_journal_of_two(tmp_path):
+    finished(PRUNE, 2, tmp_path, "maiht", "unstructured", "1", "journal")
+    (tmp_path / "journal" / "block_00002.safetensors").unlink()
+    finished(PRUNE, 3, tmp_path, "maiht", "unstructured", "1", "journal")
+    two, three = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("2_0", "3_2"))
+    assert all(torch.equal(weight, three["weights"][name]) for name, weight in two["weights"].items())
+    assert not (tmp_path / "journal.1").exists()
+
+
+FAIL = """
+    from maiht_lightning.solvers import LayerSolver
+    def fail(self, weight):
+        raise FloatingPointError("made to fail")
+    if rank == 1:
+        LayerSolver.prune = fail
+    try:
+        prune(model, windows, process_group=group, progress=False)
+    except RuntimeError as error:
+        open(f"error_{rank}", "w").write(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_ends_all(tmp_path):
+    finished(FAIL, 2, tmp_path)
+    messages = [(tmp_path / f"error_{rank}").read_text() for rank in (0, 1)]
+    assert all("made to fail" in message and "model.layers.0" in message for message in messages)
+    assert "process 1" in messages[0]
+
+
+WAIT = """
+    import pathlib
+    def on_block(records):
+        pathlib.Path(f"at_{rank}").touch()
+        if rank == 1:
+            time.sleep(600)
+    prune(model, windows, process_group=group, progress=False, on_block=on_block)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others(tmp_path):
+    first, second = launch(WAIT, 2, tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "at_1").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second.kill()
+    _, errors = first.communicate(timeout=45)  # gloo's own time limit is 60 s
+    second.communicate()
+    assert first.returncode not in (0, None)
+    assert "Connection closed by peer" in errors or "Connection reset" in errors, errors[-2000:]
+
+
+# ---- Through Lightning
+
+TRAIN = """
+    from lightning.pytorch.strategies import DDPStrategy
+    from own_module import NoTokenizer, OwnModule, Windows, trainer as make_trainer
+    from maiht_lightning import MAIHTPruning, SparseFinetune, sparse_finetune
+    from maiht_lightning.callbacks import pruning as callback
+    from maiht_lightning.evaluation.settings import Evaluation, Measurement
+
+    callback.find_tokenizer = lambda *_: NoTokenizer()
+    Evaluation.load = lambda self, *_: Measurement(self, {"random": windows}, {})
+
+    class Module(OwnModule):
+        def train_dataloader(self):
+            data = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(5))
+            # Each process takes its share, so that they have together what one has alone.
+            world = int(os.environ["WORLD_SIZE"])
+            return torch.utils.data.DataLoader(data[self.global_rank :: world], batch_size=4 // world)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    strategy = "auto" if alone else DDPStrategy(process_group_backend="gloo")
+    pruning = MAIHTPruning(0.5, method=sys.argv[1], calibration=Windows(), output_dir=None if alone else "two")
+    trainer = make_trainer(
+        pruning, strategy=strategy, devices=int(os.environ["WORLD_SIZE"]), use_distributed_sampler=False
+    )
+    module = Module(model)
+    trainer.fit(module)
+    sparse_finetune(trainer, module, SparseFinetune(max_epochs=1))
+    torch.save(
+        {"weights": model.state_dict(), "stages": pruning.summary.stages, "folder": str(pruning.output_dir)},
+        f"of_{os.environ['WORLD_SIZE']}_{rank}.pt",
+    )
+"""
+
+
+@pytest.mark.slow
+def test_a_fit_with_two_processes_prunes_and_trains_on(tmp_path):
+    finished(TRAIN, 1, tmp_path, "wanda")
+    finished(TRAIN, 2, tmp_path, "wanda")
+    alone, first, second = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    assert first["stages"] == second["stages"]
+    assert list(first["stages"]) == ["dense", "pruned", "finetuned"]
+    for stage, found in alone["stages"].items():
+        assert first["stages"][stage]["perplexity"]["random"] == pytest.approx(found["perplexity"]["random"], rel=1e-5)
+    for name, weight in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        # The gradients of two halves are averaged in another order.
+        torch.testing.assert_close(first["weights"][name], weight, rtol=1e-4, atol=1e-6)
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["stages"] == first["stages"]
+    assert (tmp_path / "two" / "report.html").is_file()
+    assert (tmp_path / "two" / "model_finetuned" / "model.safetensors").is_file()
+
+
+# ---- Sharing out
+
+
+def test_the_largest_pieces_go_first_to_whoever_is_free():
+    team = Team()
+    team.size = 2
+    assert team.owners([2.0, 1.0, 4.0, 5.0]) == [1, 0, 1, 0]
+    assert [len(part) for part in (team.deal(range(7)),)] == [4]
+    team.rank = 1
+    assert team.deal(range(7)) == [1, 3, 5]
+
+
+def test_too_few_windows_are_refused(tiny_llama, monkeypatch):
+    monkeypatch.setattr("maiht_lightning.pruner.Team", lambda group: type("T", (Team,), {"size": 4, "rank": 0})())
+    monkeypatch.setattr(Team, "__init__", lambda self, group=None: None)
+    with pytest.raises(ValueError, match="3 windows in batches of 1 are too few for 4 processes"):
+        prune(tiny_llama(vocab_size=64), torch.zeros(3, 8, dtype=torch.long), progress=False)
