@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from maiht_lightning.pruner import prune
+from maiht_lightning.sparsity import count_zeros, measured_sparsity
 from maiht_lightning.team import Team
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +35,8 @@ HEAD = """
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
     )).eval()
     windows = torch.randint(0, 64, (7, 32), generator=torch.Generator().manual_seed(1))
-    alone = os.environ["WORLD_SIZE"] == "1"
+    world = int(os.environ["WORLD_SIZE"])  # Lightning takes it away at a fit's end
+    alone = world == 1
     if not alone:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     group = None if alone else dist.group.WORLD
@@ -72,7 +75,7 @@ PRUNE = """
     journal = {"journal_dir": "journal"} if "journal" in sys.argv else {}
     report = prune(model, windows, process_group=group, progress=False, **settings, **journal)
     records = [(r.name, r.zeros, r.relative_error, r.objective) for r in report.layers]
-    torch.save({"weights": model.state_dict(), "records": records}, f"of_{os.environ['WORLD_SIZE']}_{rank}.pt")
+    torch.save({"weights": model.state_dict(), "records": records}, f"of_{world}_{rank}.pt")
 """
 
 
@@ -159,7 +162,6 @@ TRAIN = """
         def train_dataloader(self):
             data = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(5))
             # Each process takes its share, so that they have together what one has alone.
-            world = int(os.environ["WORLD_SIZE"])
             return torch.utils.data.DataLoader(data[self.global_rank :: world], batch_size=4 // world)
 
         def configure_optimizers(self):
@@ -167,15 +169,13 @@ TRAIN = """
 
     strategy = "auto" if alone else DDPStrategy(process_group_backend="gloo")
     pruning = MAIHTPruning(0.5, method=sys.argv[1], calibration=Windows(), output_dir=None if alone else "two")
-    trainer = make_trainer(
-        pruning, strategy=strategy, devices=int(os.environ["WORLD_SIZE"]), use_distributed_sampler=False
-    )
+    trainer = make_trainer(pruning, strategy=strategy, devices=world, use_distributed_sampler=False)
     module = Module(model)
     trainer.fit(module)
     sparse_finetune(trainer, module, SparseFinetune(max_epochs=1))
     torch.save(
         {"weights": model.state_dict(), "stages": pruning.summary.stages, "folder": str(pruning.output_dir)},
-        f"of_{os.environ['WORLD_SIZE']}_{rank}.pt",
+        f"of_{world}_{rank}.pt",
     )
 """
 
@@ -197,6 +197,41 @@ def test_a_fit_with_two_processes_prunes_and_trains_on(tmp_path):
     assert summary["stages"] == first["stages"]
     assert (tmp_path / "two" / "report.html").is_file()
     assert (tmp_path / "two" / "model_finetuned" / "model.safetensors").is_file()
+
+
+SHARDED = (
+    TRAIN.replace('DDPStrategy(process_group_backend="gloo")', "ModelParallelStrategy()")
+    .replace("import DDPStrategy", "import ModelParallelStrategy")
+    .replace(
+        "class Module(OwnModule):",
+        """class Module(OwnModule):
+        def configure_model(self):
+            if not alone:
+                from maiht_lightning.module import _shard
+                _shard(self.net["lm"], self.device_mesh["data_parallel"])
+""",
+    )
+    .replace(
+        "model.state_dict()",
+        "{n: p.full_tensor() if hasattr(p, 'full_tensor') else p for n, p in model.state_dict().items()}",
+    )
+)
+
+
+@pytest.mark.slow
+def test_a_sharded_fit_prunes_and_trains_on(tmp_path):
+    """FSDP2 over two processes on the CPU."""
+    finished(SHARDED, 1, tmp_path, "wanda")
+    finished(SHARDED, 2, tmp_path, "wanda")
+    alone, first, second = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    assert first["stages"] == second["stages"]
+    for name, weight in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        torch.testing.assert_close(first["weights"][name], weight, rtol=1e-4, atol=1e-6)
+    for name in ("model", "model_finetuned"):
+        saved = LlamaForCausalLM.from_pretrained(tmp_path / "two" / name)
+        assert measured_sparsity(count_zeros(saved)) == pytest.approx(0.5, abs=1e-3)
+    assert all(torch.equal(first["weights"][name], weight) for name, weight in saved.state_dict().items())
 
 
 # ---- Sharing out

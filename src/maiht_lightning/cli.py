@@ -7,6 +7,7 @@ Commands: `fit` (train, then prune), `prune` (no training), `validate` and `test
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from .module import CausalLMModule
 from .recovery import SparseFinetune, saved_phase, sparse_finetune
 from .reporting.loggers import log_settings
 from .reporting.run_folder import fresh_run_folder
+
+# Set by the first process for those that it starts.
+RUN_FOLDER = "MAIHT_RUN_FOLDER"
 
 USER_ERRORS = (MisconfigurationException, ValueError, TypeError, OSError, ModuleNotFoundError)
 
@@ -50,11 +54,17 @@ class PruningTrainer(Trainer):
         Raises:
             MisconfigurationException: The Trainer has no `MAIHTPruning`, or as that callback says.
         """
-        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
         pruning = find_callback(self, MAIHTPruning)
         if pruning is None:
             raise MisconfigurationException("prune needs MAIHTPruning among the Trainer's callbacks")
         pruning.setup(self, model, "fit")
+        if self.strategy.launcher is not None:
+            self.strategy.launcher.launch(self._prune, model, pruning, ckpt_path, trainer=self)
+        else:
+            self._prune(model, pruning, ckpt_path)
+
+    def _prune(self, model: LightningModule, pruning: MAIHTPruning, ckpt_path: str | None) -> None:
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, RunConfig):
                 callback.setup(self, model, "prune")
@@ -62,13 +72,19 @@ class PruningTrainer(Trainer):
         self.strategy.connect(model)
         model.trainer = self
         self.strategy.setup_environment()
-        with self.strategy.tensor_init_context(), self.precision_plugin.module_init_context():
+        if pruning.offload == "disk":
+            if not hasattr(model, "blocks_on_disk") or ckpt_path is not None:
+                raise MisconfigurationException("offload: disk needs CausalLMModule and a folder, without ckpt_path")
+            model.blocks_on_disk = True  # type: ignore[assignment]
+        on_host = torch.device("cpu") if pruning.offload == "cpu" else nullcontext()
+        with self.strategy.tensor_init_context(), on_host, self.precision_plugin.module_init_context():
             model.configure_model()
         if ckpt_path is not None:
             checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
             model.load_state_dict(checkpoint["state_dict"])
         self.precision_plugin.convert_module(model)
-        self.strategy.model_to_device()
+        if pruning.offload == "none":
+            self.strategy.model_to_device()
         pruning.prepare(self, model)
         pruning.run(self, model)
         for logger in self.loggers:
@@ -150,7 +166,7 @@ class MAIHTCLI(LightningCLI):
         """Put the run and its loggers into the run's folder."""
         config = self.config[self.subcommand]
         going_on = saved_phase(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path else None
-        folder = config.output_dir or (going_on or {}).get("output_dir") or str(fresh_run_folder())
+        folder = config.output_dir or (going_on or {}).get("output_dir") or _folder_of_all_processes()
         if config.sparse_finetune.distillation:
             config.pruning.save_dense = True
         config.output_dir = config.trainer.default_root_dir = config.pruning.output_dir = folder
@@ -203,6 +219,15 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"maiht: error: {error}\n(MAIHT_TRACEBACK=1 shows where.)", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _folder_of_all_processes() -> str:
+    """A fresh folder, the same in the processes that Lightning starts from this one."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        os.environ[RUN_FOLDER] = str(fresh_run_folder())
+    if RUN_FOLDER not in os.environ:
+        raise MisconfigurationException("several processes that were started by themselves need the same --output_dir")
+    return os.environ[RUN_FOLDER]
 
 
 def _is_internal(error: BaseException) -> bool:

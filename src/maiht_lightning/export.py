@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from .capture import find_blocks, find_linears
@@ -26,6 +27,33 @@ if TYPE_CHECKING:
 
 INDEX = "compact.json"
 VERSION = 1
+
+
+@torch.no_grad()
+def save_model(
+    model: "PreTrainedModel", folder: str | os.PathLike[str], tokenizer: Any = None, *, writes: bool = True
+) -> None:
+    """Write a Hugging Face folder, also of a model in the shards of FSDP2 or on disk.
+
+    Args:
+        model: The causal language model; if it has shards, all of their processes must call this.
+        folder: Where to write.
+        tokenizer: Saved beside the model where one is given.
+        writes: Whether this is the process that writes.
+    """
+    state: dict[str, Tensor] | None = None
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        gathered: dict[int, Tensor] = {}
+        state = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in gathered:
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                gathered[id(tensor)] = whole.detach().cpu() if writes else whole.new_empty(0)
+            state[name] = gathered[id(tensor)]
+    if writes:
+        model.save_pretrained(folder, state_dict=state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()

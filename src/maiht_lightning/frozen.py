@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
@@ -49,8 +50,10 @@ class FrozenZeros:
     A mask takes a byte a weight, on the weight's device. See `freeze`.
 
     Attributes:
-        kept: By the layer's name, an int8 mask of its weight's shape: 0 where it is frozen at 0, else 1. Numbers, since
-            multiplying by them is twenty times faster on a CPU than filling by a boolean mask.
+        count: Frozen weights in all.
+        kept: By the layer's name, an int8 mask of its weight's shape, or of this process's shard of it: 0 where it is
+            frozen at 0, else 1. Numbers, since multiplying by them is twenty times faster on a CPU than filling by a
+            boolean mask.
     """
 
     @torch.no_grad()
@@ -60,16 +63,18 @@ class FrozenZeros:
 
             mask_lora(model)
         blocks = find_blocks(model)
+        self.count = 0
         self._weights: dict[str, nn.Parameter] = {}
         self.kept: dict[str, Tensor] = {}
         for index, block in enumerate(blocks.modules):
             for name, linear in find_linears(block).items():
                 weight = linear.weight
                 assert isinstance(weight, nn.Parameter)
-                kept = (weight != 0).to(torch.int8)
-                if not bool(kept.all()):
+                zeros = _whole_sum(weight == 0)
+                if zeros:
                     self._weights[f"{blocks.path}.{index}.{name}"] = weight
-                    self.kept[f"{blocks.path}.{index}.{name}"] = kept
+                    self.kept[f"{blocks.path}.{index}.{name}"] = (_local(weight) != 0).to(torch.int8)
+                    self.count += zeros
         if not self.kept:
             raise ValueError(
                 f"{type(model).__name__} has no zeros to freeze in the linear layers of its {len(blocks.modules)} "
@@ -77,23 +82,18 @@ class FrozenZeros:
             )
         self._handles: list[RemovableHandle] = []
 
-    @property
-    def count(self) -> int:
-        """Frozen weights in all."""
-        return sum(int((kept == 0).sum()) for kept in self.kept.values())
-
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Zero the gradients of frozen weights. Before clipping, so that the norm is that of the others."""
         for name, weight in self._weights.items():
             if weight.grad is not None:
-                weight.grad.mul_(self._mask(name, weight))
+                _local(weight.grad).mul_(self._mask(name, weight))
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
         """Set frozen weights back to 0, which weight decay, momentum and rounding may have moved."""
         for name, weight in self._weights.items():
-            weight.mul_(self._mask(name, weight))
+            _local(weight).mul_(self._mask(name, weight))
 
     @torch.no_grad()
     def apply_to_optimizer(self, optimizer: Optimizer) -> None:
@@ -101,14 +101,18 @@ class FrozenZeros:
         for name, weight in self._weights.items():
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value.mul_(self._mask(name, value))
+                    _local(value).mul_(self._mask(name, value))
 
     @torch.no_grad()
     def verify(self) -> None:
         """Raise `LostZerosError` unless all frozen weights are 0; the device is waited for once."""
         counts = torch.stack(
-            [((weight != 0) & (self._mask(name, weight) == 0)).sum().cpu() for name, weight in self._weights.items()]
+            [
+                ((_local(weight) != 0) & (self._mask(name, weight) == 0)).sum().cpu()
+                for name, weight in self._weights.items()
+            ]
         )
+        counts = _summed_over_shards(counts, next(iter(self._weights.values())))
         lost = {name: int(number) for name, number in zip(self._weights, counts, strict=True) if number}
         if lost:
             first = next(iter(lost))
@@ -140,7 +144,7 @@ class FrozenZeros:
     @torch.no_grad()
     def _mask_gradient(self, name: str, weight: Tensor) -> None:
         assert weight.grad is not None
-        weight.grad.mul_(self._mask(name, weight))
+        _local(weight.grad).mul_(self._mask(name, weight))
 
     def _after_step(self, optimizer: Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -152,3 +156,22 @@ class FrozenZeros:
         if self.kept[name].device != like.device:
             self.kept[name] = self.kept[name].to(like.device)
         return self.kept[name]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, or the tensor if it has none."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole_sum(tensor: Tensor) -> int:
+    total = tensor.sum()
+    return int(total.full_tensor() if isinstance(total, DTensor) else total)
+
+
+def _summed_over_shards(counts: Tensor, weight: Tensor) -> Tensor:
+    """Counts of this process's shards as counts of the whole, the same in all processes."""
+    if not isinstance(weight, DTensor):
+        return counts
+    mesh = weight.device_mesh
+    counts = counts.to(weight.to_local().device)
+    return DTensor.from_local(counts, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor().cpu()

@@ -17,9 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .capture import find_blocks, find_linears, whole_tensor
+from .capture import find_blocks, find_linears, whole_tensor, whole_weight
 
 
 @dataclass
@@ -158,15 +157,9 @@ def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
         for name, parameter in module.named_parameters(recurse=False)
         if id(parameter) not in ids
     }
-    pruned = [{name: partial_of(_whole_weight, linear) for name, linear in block.items()} for block in blocks]
+    pruned = [{name: partial_of(whole_weight, linear) for name, linear in block.items()} for block in blocks]
     tokens = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
     return {"model": _digest(others), "blocks": [_digest(block) for block in pruned], "windows": tokens[:16]}
-
-
-def _whole_weight(linear: nn.Module) -> Tensor:
-    whole = whole_tensor(linear, "weight")
-    # As `weight_of` has it.
-    return whole.T if isinstance(linear, Conv1D) else whole
 
 
 @torch.no_grad()

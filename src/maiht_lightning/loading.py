@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from .capture import find_blocks
 from .export import INDEX, load_compact
 
 if TYPE_CHECKING:
@@ -25,15 +27,20 @@ def check_source(name_or_path: str) -> None:
         )
 
 
-def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+def load_model(
+    name_or_path: str, dtype: torch.dtype = torch.float32, *, blocks_on_disk: bool = False
+) -> "PreTrainedModel":
     """Load a causal language model.
 
     Args:
         name_or_path: A Hugging Face hub name; a local folder, also a compact one; a `.gguf` file, whose weights
             are dequantised; or the path of a `config.json`, for random weights from torch's global generator.
         dtype: Floating-point format of the weights.
+        blocks_on_disk: Leave the decoder blocks in their safetensors files, from which they are read when they are
+            needed, so that the model may be larger than the memory. Needs Accelerate.
 
     Raises:
+        ValueError: The blocks of such a file cannot be left on disk.
         FileNotFoundError: A local path does not exist.
         OSError: The hub does not know the name or cannot be reached.
     """
@@ -41,6 +48,15 @@ def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> "PreTra
 
     check_source(name_or_path)
     path = Path(name_or_path).expanduser()
+    if blocks_on_disk:
+        if path.suffix in (".gguf", ".json") or (path / INDEX).exists():
+            raise ValueError(f"blocks can stay on disk in a Hugging Face folder with safetensors files, not in {path}")
+        name = path if path.exists() else name_or_path
+        with torch.device("meta"):
+            plan = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+        places: dict[str, str] = dict.fromkeys(_modules_outside(plan, blocks := find_blocks(plan).path), "cpu")
+        places[blocks] = "disk"
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=places)
     if path.suffix == ".gguf":
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
         # Its config says that it is quantised, which it no longer is and which forbids saving it.
@@ -68,3 +84,13 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
     if path.suffix == ".json":
         return AutoTokenizer.from_pretrained(path.parent)
     return AutoTokenizer.from_pretrained(path if path.exists() else name_or_path)
+
+
+def _modules_outside(model: nn.Module, blocks: str) -> list[str]:
+    """Paths of the modules that together hold everything but the decoder blocks."""
+    paths: list[str] = []
+    parts = blocks.split(".")
+    for depth, part in enumerate(parts):
+        parent = ".".join(parts[:depth])
+        paths += [f"{parent}.{n}".lstrip(".") for n, _ in model.get_submodule(parent).named_children() if n != part]
+    return paths

@@ -8,7 +8,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
+from .capture import find_blocks
 from .evaluation.perplexity import Perplexity
 from .loading import check_source, load_model, load_tokenizer
 
@@ -20,7 +23,8 @@ class CausalLMModule(LightningModule):
     """Fine-tune a causal language model with AdamW, a linear warm-up and a cosine decay to 0.
 
     The weights are loaded when the Trainer asks for them (`configure_model`), in the Trainer's precision, so
-    that wrong settings are found before. With `precision: bf16-true` they are bfloat16 throughout.
+    that wrong settings are found before. With `precision: bf16-true` they are bfloat16 throughout. Under
+    `ModelParallelStrategy` the decoder blocks are sharded over the processes (FSDP2).
 
     Args:
         name_or_path: Hugging Face hub name, local folder, `.gguf` file (dequantised), or the path of a
@@ -63,6 +67,8 @@ class CausalLMModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         # Epochs and optimizer steps of fits before this one on the same Trainer: its schedule begins after them.
         self.earlier_epochs = self.earlier_steps = 0
+        # Set for pruning a model larger than the memory: see `load_model`.
+        self.blocks_on_disk = False
         self.perplexity = Perplexity()
         self.model: PreTrainedModel | None = None
 
@@ -75,13 +81,15 @@ class CausalLMModule(LightningModule):
         """Load the weights, once, in the dtype that the Trainer's precision sets."""
         if self.model is not None:
             return
-        model = load_model(self.name_or_path, torch.get_default_dtype())
+        model = load_model(self.name_or_path, torch.get_default_dtype(), blocks_on_disk=self.blocks_on_disk)
         if self.gradient_checkpointing:
             # Newer releases of transformers have renamed it.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         # `from_pretrained` leaves it in eval mode, in which checkpointing is off and dropout too.
         self.model = model.train()
+        if self.device_mesh is not None:
+            _shard(self.model, self.device_mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, seqlen, vocabulary) for token ids (batch, seqlen)."""
@@ -141,3 +149,12 @@ class CausalLMModule(LightningModule):
         input_ids = batch["input_ids"]
         self.perplexity.update(self(input_ids)[:, :-1], input_ids[:, 1:])
         self.log(f"{stage}/perplexity", self.perplexity, prog_bar=True)
+
+
+def _shard(model: "PreTrainedModel", mesh: DeviceMesh) -> None:
+    """FSDP2, block by block, over the processes of a mesh: what `ModelParallelStrategy` asks of a module."""
+    if mesh.size() == 1:
+        return
+    for block in find_blocks(model).modules:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)

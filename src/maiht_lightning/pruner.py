@@ -29,9 +29,11 @@ from .capture import (
     advance,
     check_place,
     choose_place,
+    computing_device,
     evaluation_mode,
     find_blocks,
     find_linears,
+    hidden_bytes,
     keeping,
     record_inputs,
     refuse_adapters,
@@ -152,7 +154,7 @@ def prune(
 
     solver: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "method": method, "config": settings}
     journal = None if journal_dir is None else _open_journal(journal_dir, solver, model, windows, team)
-    place = Workplace(blocks, _computing_device(model, device))
+    place = Workplace(blocks, computing_device(model, device))
     begun = time.perf_counter()
     with (
         evaluation_mode(model),
@@ -251,22 +253,13 @@ def _lasting(solver: dict[str, Any]) -> dict[str, Any]:
     return {**solver, "config": config}
 
 
-def _computing_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-
-
 def _auto_place(model: nn.Module, blocks: DecoderBlocks, tokens: int, place: Workplace) -> Place:
     """Where the hidden states go: the budget is what the device has beside a block and what is done with it."""
-    linears = find_linears(blocks.modules[0]).values()
-    parameter = weight_of(next(iter(linears)))
-    shapes = [weight_of(linear).shape for linear in linears]
+    shapes = [weight_of(linear).shape for linear in find_linears(blocks.modules[0]).values()]
     grams = sum({inputs: 8 * inputs**2 for _, inputs in shapes}.values()) * 2
     solver = max(4 * (out * inputs * MATRICES + 2 * inputs**2) for out, inputs in shapes)
-    block = sum(p.numel() * p.element_size() for p in blocks.modules[0].parameters())
-    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    return choose_place(tokens * width * parameter.element_size(), place.device, grams + solver + 3 * block)
+    working = grams + solver + 3 * place.block_bytes()
+    return choose_place(tokens * hidden_bytes(model), place.device, working)
 
 
 def _check_weights(model: nn.Module, blocks: DecoderBlocks, pattern: Pattern, *, on_disk_allowed: bool) -> None:

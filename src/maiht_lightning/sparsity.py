@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .capture import find_blocks, find_linears, weight_of
+from .capture import find_blocks, find_linears, whole_weight
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,5 @@ def measured_sparsity(counts: list[LayerCount]) -> float:
 
 
 def _count(linear: nn.Module) -> tuple[int, int]:
-    weight = weight_of(linear)
+    weight = whole_weight(linear)
     return weight.numel() - int(weight.count_nonzero()), weight.numel()

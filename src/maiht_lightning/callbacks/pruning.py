@@ -5,21 +5,23 @@ import time
 from dataclasses import asdict, replace
 from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from ..capture import find_blocks, find_linears, refuse_adapters, weight_of
+from ..capture import Place, check_place, find_blocks, find_linears, refuse_adapters, weight_of
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource, check_at_least
 from ..evaluation.settings import Evaluation, Measurement, context_length
-from ..export import save_compact
+from ..export import save_compact, save_model
 from ..journal import LayerRecord, read_records
 from ..pruner import PruningReport, check_windows, prune
 from ..reporting.environment import environment
@@ -40,7 +42,14 @@ from ..sparsity import count_zeros, measured_sparsity
 from .frozen import FrozenSparsity
 from .language_model import find_language_model, find_tokenizer
 from .schedule import parse_schedule
-from .trainer import check_reachable, check_trainer, find_callback, peak_memory_bytes, quiet_progress_bar
+from .trainer import (
+    check_reachable,
+    check_trainer,
+    find_callback,
+    peak_memory_bytes,
+    process_group,
+    quiet_progress_bar,
+)
 from .watchers import start_over
 
 if TYPE_CHECKING:
@@ -80,6 +89,10 @@ class MAIHTPruning(Callback):
             artifact.
         prune_at: `end`; `epoch:K` or `step:K`, after K epochs or optimizer steps, and training goes on with the zeros
             frozen; or several shots, as `{epoch:1: 0.3, epoch:2: 0.5}`, with these sparsities in place of `sparsity`.
+        offload: `cpu` keeps the model in host memory while it is pruned and measured, with one block at a time on the
+            GPU; `disk`, for `maiht prune`, leaves its blocks in their files; `none`: it is on the GPU as a whole.
+        hidden_states: Where the calibration windows' hidden states are kept: `device`, `host`, `disk`, or `auto`, the
+            first of these with room for them.
         save_dense: Also save the model as it was just before the pruning, as `model_dense/`: a teacher to distil from.
         output_dir: The run's folder. None: a fresh one in `runs/` under the Trainer's `default_root_dir`.
 
@@ -109,6 +122,8 @@ class MAIHTPruning(Callback):
         batch_size: int = 1,
         compact: bool = False,
         prune_at: str | dict[str, float] = "end",
+        offload: Literal["none", "cpu", "disk"] = "none",
+        hidden_states: Place = "auto",
         save_dense: bool = False,
         output_dir: str | None = None,
     ) -> None:
@@ -122,6 +137,11 @@ class MAIHTPruning(Callback):
         self.evaluation = evaluation
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.compact, self.save_dense = compact, save_dense
+        if offload not in ("none", "cpu", "disk"):
+            raise ValueError(f"offload must be none, cpu or disk, but found {offload!r}")
+        check_place(hidden_states)
+        self.offload = offload
+        self.hidden_states: Place = hidden_states
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.report: PruningReport | None = None
         self.summary = Summary(self.method, self.pattern.sparsity, self.pattern.name)
@@ -145,6 +165,13 @@ class MAIHTPruning(Callback):
         if stage != "fit":
             return
         check_trainer(trainer, self, trains_on=self._trains_on)
+        if self.offload == "disk" and trainer.state.fn == TrainerFn.FITTING:
+            raise MisconfigurationException("offload: disk leaves blocks in files, for `maiht prune`; a fit needs them")
+        if self.compact and (self.offload == "disk" or isinstance(trainer.strategy, ModelParallelStrategy)):
+            raise MisconfigurationException(
+                "compact files are made of a model that is in memory as a whole: leave compact out, and afterwards "
+                "`maiht export --model OUTPUT_DIR/model --output FOLDER`"
+            )
         if self._trains_on and find_callback(trainer, FrozenSparsity) is None:
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             # Right after this one, and so before `ModelCheckpoint`, which is last and shall find masked weights.
@@ -248,36 +275,34 @@ class MAIHTPruning(Callback):
                 for index, block in enumerate(blocks.modules):
                     for name, linear in find_linears(block).items():
                         self.pattern.check_shape(weight_of(linear).shape, f"{blocks.path}.{index}.{name}")
-                self._calibration_windows = self.calibration.windows(tokenizer, context_length(model))
+                windows = self.calibration.windows(tokenizer, context_length(model))
+                # A source of somebody's own may draw others in every process.
+                self._calibration_windows = trainer.strategy.broadcast(windows)
                 check_windows(self._calibration_windows, model)
             if self._measurement is None or not self.pruned:
                 self._measurement = self.evaluation.load(model, tokenizer)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             raise MisconfigurationException(f"pruning cannot work with these settings: {error}") from error
         if self.output_dir is None:
-            self.output_dir = fresh_run_folder(Path(trainer.default_root_dir) / "runs")
+            folder = fresh_run_folder(Path(trainer.default_root_dir) / "runs") if trainer.is_global_zero else None
+            self.output_dir = trainer.strategy.broadcast(folder)
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do the last shot: measure, prune, save, measure again; needs `prepare` before."""
         assert self.output_dir is not None  # set by `prepare`
-        model, step = find_language_model(pl_module, self.model), trainer.global_step
+        step = trainer.global_step
         self.done = len(self.shots) - 1
         report = self._shoot(trainer, pl_module)
         # Saved first: whatever goes wrong after this, the pruned model is on disk.
-        self._save(pl_module, "model")
-        if self.compact:
-            save_compact(
-                model, self.output_dir / "model_compact", tokenizer=find_tokenizer(pl_module, model, self.tokenizer)
-            )
+        self._save(trainer, pl_module, "model")
         self.report = report
         self.summary.measured_sparsity = report.sparsity
-        write_layers(self.output_dir, report.layers)
         self._measure("pruned", trainer, pl_module)
-        finish_pruning(trainer.loggers, self.summary, report.layers, step)
-        log_figures(trainer.loggers, write_report(self.output_dir, self.summary, report.layers, self._settings()), step)
-        if self.compact:
-            log_model(trainer.loggers, self.output_dir / "model_compact")
-        print_run(self.summary, report.layers, str(self.output_dir))
+        if trainer.is_global_zero:
+            write_layers(self.output_dir, report.layers)
+            finish_pruning(trainer.loggers, self.summary, report.layers, step)
+            self._write_report(trainer, report.layers)
+        self._settle(pl_module, trainer, back=True)
 
     def _shoot(self, trainer: Trainer, pl_module: LightningModule) -> PruningReport:
         """Do the next shot, with the stage `dense` before the first."""
@@ -286,12 +311,14 @@ class MAIHTPruning(Callback):
         model, step, pattern = find_language_model(pl_module, self.model), trainer.global_step, self.patterns[self.done]
         # Gradients are of no more use, and as large as the model.
         pl_module.zero_grad(set_to_none=True)
+        self._settle(pl_module, trainer)
         if "dense" not in self.summary.stages:
             described = {"class": type(model).__name__, "name_or_path": model.config.name_or_path}
             settings = {"pruned_model": described, "pruned_with": self._settings(), "environment": environment()}
-            start_pruning(trainer.loggers, settings)
+            if trainer.is_global_zero:
+                start_pruning(trainer.loggers, settings)
             if self.save_dense:
-                self._save(pl_module, "model_dense")
+                self._save(trainer, pl_module, "model_dense")
             self._measure("dense", trainer, pl_module)
         is_last, frozen = self.done + 1 == len(self.shots), find_callback(trainer, FrozenSparsity)
         has_frozen = frozen is not None and frozen.frozen is not None
@@ -309,7 +336,12 @@ class MAIHTPruning(Callback):
                 journal_dir=journal,
                 batch_size=self.batch_size,
                 # Of several shots, W&B has room for one set of curves over the blocks.
-                on_block=(lambda records: log_block(trainer.loggers, records, step)) if is_last else None,
+                on_block=(lambda records: log_block(trainer.loggers, records, step))
+                if is_last and trainer.is_global_zero
+                else None,
+                device=trainer.strategy.root_device,
+                hidden_states=self.hidden_states,
+                process_group=process_group(trainer),
             )
         seconds = self.summary.seconds
         for phase, value in (("capture", report.capture_seconds), ("solve", report.solve_seconds)):
@@ -325,7 +357,9 @@ class MAIHTPruning(Callback):
                     self.run(trainer, pl_module)
                 else:
                     sparsity = self._shoot(trainer, pl_module).sparsity
-                    log_stage(trainer.loggers, "pruned", {"sparsity": sparsity}, trainer.global_step)
+                    self._settle(pl_module, trainer, back=True)
+                    if trainer.is_global_zero:
+                        log_stage(trainer.loggers, "pruned", {"sparsity": sparsity}, trainer.global_step)
             frozen = find_callback(trainer, FrozenSparsity)
             assert frozen is not None  # added in `setup`
             frozen.freeze(trainer, pl_module)
@@ -336,26 +370,35 @@ class MAIHTPruning(Callback):
         """Save and measure the model after it was trained on with its zeros frozen."""
         assert self.output_dir is not None  # set by `prepare`
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        model, step = find_language_model(pl_module, self.model), trainer.global_step
-        self._save(pl_module, "model_finetuned")
-        if self.compact:
-            save_compact(
-                model, self.output_dir / "model_compact", tokenizer=find_tokenizer(pl_module, model, self.tokenizer)
-            )
+        self._save(trainer, pl_module, "model_finetuned")
+        model = find_language_model(pl_module, self.model)
         self.summary.measured_sparsity = measured_sparsity(count_zeros(model))
         self._measure("finetuned", trainer, pl_module)
-        records = [] if self.report is None else self.report.layers
-        log_finetuned(trainer.loggers, self.summary, step)
-        log_figures(trainer.loggers, write_report(self.output_dir, self.summary, records, self._settings()), step)
+        if trainer.is_global_zero:
+            log_finetuned(trainer.loggers, self.summary, trainer.global_step)
+            self._write_report(trainer, [] if self.report is None else self.report.layers)
+
+    def _write_report(self, trainer: Trainer, records: list[LayerRecord]) -> None:
+        assert self.output_dir is not None  # set by `prepare`
+        figures = write_report(self.output_dir, self.summary, records, self._settings())
+        log_figures(trainer.loggers, figures, trainer.global_step)
         if self.compact:
             log_model(trainer.loggers, self.output_dir / "model_compact")
         print_run(self.summary, records, str(self.output_dir))
 
-    def _save(self, pl_module: LightningModule, name: str) -> None:
+    def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        """Save the model, and unless it is the dense one its compact files; by all processes, of which one writes."""
         assert self.output_dir is not None  # set by `prepare`
         model = find_language_model(pl_module, self.model)
-        model.save_pretrained(self.output_dir / name)
-        find_tokenizer(pl_module, model, self.tokenizer).save_pretrained(self.output_dir / name)
+        tokenizer = find_tokenizer(pl_module, model, self.tokenizer)
+        save_model(model, self.output_dir / name, tokenizer, writes=trainer.is_global_zero)
+        if self.compact and name != "model_dense" and trainer.is_global_zero:
+            save_compact(model, self.output_dir / "model_compact", tokenizer=tokenizer)
+
+    def _settle(self, pl_module: LightningModule, trainer: Trainer, *, back: bool = False) -> None:
+        """With `offload: cpu`, move the model to host memory before the work on it, and back afterwards."""
+        if self.offload == "cpu" and not any(isinstance(p, DTensor) for p in pl_module.parameters()):
+            pl_module.to(trainer.strategy.root_device if back and trainer.state.fn == TrainerFn.FITTING else "cpu")
 
     def _measure(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.output_dir is not None  # set by `prepare`
@@ -364,13 +407,20 @@ class MAIHTPruning(Callback):
         start = time.perf_counter()
         model = find_language_model(pl_module, self.model)
         with trainer.precision_plugin.forward_context():
-            found = self._measurement.measure(model, find_tokenizer(pl_module, model, self.tokenizer), stage=stage)
+            found = self._measurement.measure(
+                model,
+                find_tokenizer(pl_module, model, self.tokenizer),
+                stage=stage,
+                device=trainer.strategy.root_device,
+                process_group=process_group(trainer),
+            )
         seconds = self.summary.seconds
         seconds["evaluate"] = seconds.pop("evaluate", 0.0) + time.perf_counter() - start
         self.summary.stages[stage] = found
         self.summary.peak_memory_bytes = peak_memory_bytes()
-        self.summary.write(self.output_dir)
-        log_stage(trainer.loggers, stage, found, trainer.global_step)
+        if trainer.is_global_zero:
+            self.summary.write(self.output_dir)
+            log_stage(trainer.loggers, stage, found, trainer.global_step)
 
     def _count_seconds(self, phase: str) -> None:
         self.summary.seconds[phase] = self.summary.seconds.pop(phase, 0.0) + time.perf_counter() - self._started

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .schedule import Shot
@@ -23,7 +25,7 @@ def find_callback(trainer: Trainer, kind: type[C]) -> C | None:
 
 
 def check_trainer(trainer: Trainer, pruning: Callback, *, trains_on: bool) -> None:
-    """Refuse what would undo the pruning, and several processes.
+    """Refuse what would undo the pruning, and strategies that split a model in ways it does not know.
 
     Args:
         trainer: The Trainer.
@@ -47,11 +49,16 @@ def check_trainer(trainer: Trainer, pruning: Callback, *, trains_on: bool) -> No
                 f"{type(callback).__name__} would average the weights from before the pruning into those from "
                 f"after it: leave it out, or prune at the end"
             )
-    if trainer.world_size > 1:
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise MisconfigurationException(
-            f"MAIHTPruning prunes on one device, but the Trainer has {trainer.world_size} processes with "
-            f"{type(trainer.strategy).__name__}: train without it and prune afterwards with `maiht prune`"
+            f"MAIHTPruning does not work with {type(trainer.strategy).__name__}: where the model fits on each GPU use "
+            f"strategy='ddp', where it does not ModelParallelStrategy() (FSDP2), or prune afterwards with `maiht prune`"
         )
+
+
+def process_group(trainer: Trainer) -> dist.ProcessGroup | None:
+    """All of the Trainer's processes, if there are several."""
+    return dist.group.WORLD if trainer.world_size > 1 else None
 
 
 def check_reachable(shots: list[Shot], trainer: Trainer) -> None:

@@ -13,7 +13,16 @@ from .blocks import (
 from .grams import InputGroup, accumulate_grams, advance
 from .hidden import Place, check_place, choose_place, keeping
 from .replay import Batch, evaluation_mode, record_inputs, run_tail
-from .residence import Workplace, is_elsewhere, skeleton, whole_tensor
+from .residence import (
+    Workplace,
+    brought_by_accelerate,
+    computing_device,
+    hidden_bytes,
+    is_elsewhere,
+    skeleton,
+    whole_tensor,
+    whole_weight,
+)
 
 __all__ = [
     "LINEAR_TYPES",
@@ -24,12 +33,15 @@ __all__ = [
     "Workplace",
     "accumulate_grams",
     "advance",
+    "brought_by_accelerate",
     "check_place",
     "choose_place",
+    "computing_device",
     "evaluation_mode",
     "find_adapters",
     "find_blocks",
     "find_linears",
+    "hidden_bytes",
     "is_elsewhere",
     "keeping",
     "record_inputs",
@@ -38,5 +50,6 @@ __all__ = [
     "skeleton",
     "weight_of",
     "whole_tensor",
+    "whole_weight",
     "write_weight",
 ]

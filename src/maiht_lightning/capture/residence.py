@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
 
 from .blocks import DecoderBlocks, find_linears, weight_of, write_weight
 
@@ -45,13 +46,28 @@ def whole_tensor(module: nn.Module, name: str) -> Tensor:
     return tensor.detach()
 
 
-def is_elsewhere(blocks: DecoderBlocks, device: torch.device) -> bool:
-    """Whether some of the blocks' parameters must be brought to the computing device."""
-    return any(
-        isinstance(parameter, DTensor) or not _same(parameter.device, device)
-        for block in blocks.modules
-        for parameter in block.parameters()
-    )
+def whole_weight(linear: nn.Module) -> Tensor:
+    """A layer's weight (out, in), read from disk or gathered from its shards where it is not at hand."""
+    weight = whole_tensor(linear, "weight")
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def is_elsewhere(model: nn.Module, device: torch.device) -> bool:
+    """Whether some parameters must be brought to the computing device."""
+    return any(isinstance(p, DTensor) or not _same(p.device, device) for p in model.parameters())
+
+
+def computing_device(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
+    """The device asked for, or else the one where the model is, as far as it is in memory."""
+    if device is not None:
+        return torch.device(device)
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def hidden_bytes(model: nn.Module) -> int:
+    """Bytes of a token's hidden state."""
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    return embedding.shape[1] * embedding.element_size()
 
 
 def skeleton(model: nn.Module, blocks: DecoderBlocks, device: torch.device) -> nn.Module:
@@ -86,7 +102,7 @@ class Workplace:
 
     def __init__(self, blocks: DecoderBlocks, device: torch.device) -> None:
         self.blocks, self.device = blocks, device
-        self.away = is_elsewhere(blocks, device)
+        self.away = any(is_elsewhere(block, device) for block in blocks.modules)
         parameters = [parameter for block in blocks.modules for parameter in block.parameters()]
         self._prefetches = self.away and not any(isinstance(parameter, DTensor) for parameter in parameters)
         self._reader = ThreadPoolExecutor(1, "block-reader") if self._prefetches else None
@@ -117,6 +133,10 @@ class Workplace:
                 # Allocated on the reader's stream: not to be used again before this one has done with it.
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         return copy
+
+    def block_bytes(self) -> int:
+        """Bytes of a block's parameters."""
+        return sum(p.numel() * p.element_size() for p in self.blocks.modules[0].parameters())
 
     def read_ahead(self, index: int) -> None:
         """Begin to bring a block, to be loaded next."""
@@ -155,6 +175,31 @@ class Workplace:
             copy = self._copy(block)
         stream.synchronize()
         return copy
+
+
+@contextmanager
+def brought_by_accelerate(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """A model in host memory as a whole runs on another device, layer after layer, with Accelerate's hooks.
+
+    For forward passes that cannot be done block by block. Shards and what is on disk have hooks of their own.
+
+    Raises:
+        ModuleNotFoundError: Accelerate is not installed.
+    """
+    here = [p.device for p in model.parameters() if not p.is_meta and not isinstance(p, DTensor)]
+    on_disk = any(p.is_meta for p in model.parameters())
+    if device is None or on_disk or not here or all(_same(place, device) for place in here):
+        yield
+        return
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    cpu_offload(model, execution_device=device, offload_buffers=True)
+    try:
+        yield
+    finally:
+        # Brings the values back.
+        remove_hook_from_submodules(model)
 
 
 def to_device(arguments: Any, device: torch.device | str) -> Any:

@@ -1,15 +1,30 @@
 """Perplexity that holds for half precision and for badly damaged models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from ..capture import evaluation_mode
+from ..capture import (
+    Workplace,
+    advance,
+    choose_place,
+    computing_device,
+    evaluation_mode,
+    find_blocks,
+    hidden_bytes,
+    is_elsewhere,
+    keeping,
+    record_inputs,
+    run_tail,
+    skeleton,
+)
+from ..team import Team
 
 # Padding in Hugging Face's labels.
 _IGNORED = -100
@@ -118,12 +133,15 @@ def perplexity(
     batch_size: int = 1,
     progress: bool = True,
     description: str = "perplexity",
+    device: torch.device | str | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> float:
     """Perplexity of a causal language model by the protocol of papers (GPTQ, https://arxiv.org/abs/2210.17323).
 
     Each window stands alone: its ``seqlen - 1`` predictions count, and the losses are averaged over all
-    windows. The model runs in eval mode on its own device; each submodule's mode is put back afterwards.
-    Precision is the caller's: the model's dtype, or an autocast around the call.
+    windows. The model runs in eval mode; each submodule's mode is put back afterwards. Precision is the caller's: the
+    model's dtype, or an autocast around the call. A model that is not on the computing device (see `prune`) goes there
+    block by block, each with all windows, so that its weights are moved once.
 
     Args:
         model: A Hugging Face causal LM: called as ``model(input_ids=..., use_cache=False)``, answers with
@@ -132,6 +150,9 @@ def perplexity(
         batch_size: Windows in a forward pass. The result does not depend on it.
         progress: Show a progress bar.
         description: The bar's name.
+        device: Where to compute; by default where the model is.
+        process_group: Processes that have the same model, or shards of one, and share the windows; all of them get
+            the result.
 
     Raises:
         ValueError: There is nothing to predict in ``windows``, or ``batch_size`` is below 1.
@@ -142,11 +163,37 @@ def perplexity(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
-    device = next(model.parameters()).device
-    metric = Perplexity().to(device)
-    with evaluation_mode(model):
-        for batch in tqdm(windows.split(batch_size), desc=description, unit="batch", disable=not progress):
-            input_ids = batch.to(device)
-            logits = model(input_ids=input_ids, use_cache=False).logits
+    team = Team(process_group)
+    place = computing_device(model, device)
+    batches = team.deal(windows.split(batch_size))
+    metric = Perplexity(sync_on_compute=False).to(place)
+    bar = {"desc": description, "disable": not (progress and team.leads)}
+    # None of the processes may wait for one that has failed.
+    with team.together(), evaluation_mode(model):
+        for input_ids, logits in _logits(model, [batch.to(place) for batch in batches], place, bar):
             metric.update(logits[:, :-1], input_ids[:, 1:])
+    for total in (metric.loss_sum, metric.tokens):
+        team.sum(total)
     return metric.compute().item()
+
+
+def _logits(
+    model: nn.Module, batches: list[Tensor], device: torch.device, bar: dict[str, Any]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each batch of token ids with its logits."""
+    if not is_elsewhere(model, device):
+        for input_ids in tqdm(batches, unit="batch", **bar):
+            yield input_ids, model(input_ids=input_ids, use_cache=False).logits
+        return
+    blocks = find_blocks(model)
+    place, outside = Workplace(blocks, device), skeleton(model, blocks, device)
+    inside = find_blocks(outside).modules
+    size = sum(batch.numel() for batch in batches) * hidden_bytes(model)
+    with place.open(), keeping(choose_place(size, device, 4 * place.block_bytes()), device) as keep:
+        inputs = [record_inputs(outside, inside, batch, len(batch), device=device, keep=keep)[0] for batch in batches]
+        for index in tqdm(range(len(inside)), unit="block", **bar):
+            block = place.load(index)
+            place.read_ahead(index + 1)
+            advance(block, inputs, index)
+        for input_ids, hidden in zip(batches, inputs, strict=True):
+            yield input_ids, run_tail(outside, inside, input_ids, hidden.input())

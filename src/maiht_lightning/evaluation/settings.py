@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..data.calibration import check_at_least
 from ..data.sources import evaluation_windows
@@ -79,7 +80,14 @@ class Measurement:
 
     @torch.no_grad()
     def measure(
-        self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", *, stage: str = "", progress: bool = True
+        self,
+        model: nn.Module,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        stage: str = "",
+        progress: bool = True,
+        device: torch.device | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> dict[str, Any]:
         """Measure a model.
 
@@ -88,6 +96,8 @@ class Measurement:
             tokenizer: Its tokenizer.
             stage: Name of the model's state, for the progress bars.
             progress: Show progress bars.
+            device: Where to compute; by default where the model is.
+            process_group: Processes that share the work and all get the result; see `perplexity`.
 
         Returns:
             `{"perplexity": {text: value}, "tasks": {task: {metric: value}}, "mean_accuracy": fraction}`; the
@@ -101,6 +111,8 @@ class Measurement:
                     batch_size=self.settings.batch_size,
                     progress=progress,
                     description=f"Perplexity {name} {stage}".strip(),
+                    device=device,
+                    process_group=process_group,
                 )
                 for name, windows in self.windows.items()
             }
@@ -114,6 +126,8 @@ class Measurement:
                 batch_size=self.settings.batch_size,
                 progress=progress,
                 description=f"Tasks {stage}".strip(),
+                device=device,
+                process_group=process_group,
             )
             mean = mean_accuracy(found["tasks"])
             if mean is not None:

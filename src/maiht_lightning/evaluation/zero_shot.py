@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
-from ..capture import evaluation_mode
+from ..capture import brought_by_accelerate, evaluation_mode
 from ..data.local import VARIABLE, local_copy
+from ..team import Team
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,6 +97,8 @@ def zero_shot(
     batch_size: int = 1,
     progress: bool = True,
     description: str = "",
+    device: torch.device | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluates a causal language model on tasks; needs no copy of it on disk.
 
@@ -109,6 +113,10 @@ def zero_shot(
         batch_size: Sequences a forward pass. As padding moves float rounding, a close choice may turn with it.
         progress: Show progress bars.
         description: Stands before the bars' names.
+        device: Where to compute; by default where the model is. From host memory each layer is brought there by
+            Accelerate, in every forward pass: a large `batch_size` pays.
+        process_group: Processes that have the same model, or shards of one, and share the documents; all of them get
+            the result.
 
     Returns:
         By task the metrics that lm-eval reports for it, such as ``acc``, ``acc_stderr``, ``acc_norm``,
@@ -127,14 +135,20 @@ def zero_shot(
         raise TypeError(f"tasks: expected the dictionary that load_tasks returns, found {type(tasks).__name__}")
     if not tasks:
         raise ValueError("tasks: expected at least one, found none")
-    with _environment_kept(), _seeded(), _quiet(), evaluation_mode(model), _tying_off(model):
+    team = Team(process_group)
+    with (
+        _environment_kept(),
+        _seeded(),
+        _quiet(),
+        evaluation_mode(model),
+        _tying_off(model),
+        brought_by_accelerate(model, device),
+    ):
         _import_lm_eval()
         from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        with _bars(progress, description):
-            # The copy because lm-eval may give it a padding token and sets its padding side.
-            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        with _bars(progress and team.leads, description):
+            wrapped = _wrapped(model, tokenizer, batch_size, team)
             for task in tasks.values():
                 task.set_fewshot_seed(_OTHER_SEED)  # at each evaluation, so that all stages see the same examples
             # Not `simple_evaluate`: it reads all task files again and has git and pip describe the machine.
@@ -145,7 +159,31 @@ def zero_shot(
                 bootstrap_iters=_BOOTSTRAP_ITERATIONS,
                 log_samples=False,
             )
-    return {name: _numbers(answer["results"][name]) for name in tasks}
+    # lm-eval answers at the first process only.
+    numbers = {name: _numbers(answer["results"][name]) for name in tasks} if answer is not None else {}
+    return team.tell(numbers)
+
+
+def _wrapped(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", batch_size: int, team: Team) -> Any:
+    """lm-eval's wrapper around a model in memory, at work for its process's share of the documents."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Wrapped(HFLM):
+        # lm-eval knows several processes only where it has loaded the model itself.
+        def all_gather(self, tensor: Tensor) -> Tensor:
+            return torch.stack(team.gather(tensor.cpu())).flatten()
+
+        def barrier(self) -> None:
+            team.gather(None)
+
+        def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+            gathered = team.gather(obj)
+            return gathered if team.rank == dst else None
+
+    # The copy because lm-eval may give it a padding token and sets its padding side.
+    wrapped = Wrapped(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    wrapped._rank, wrapped._world_size = team.rank, team.size
+    return wrapped
 
 
 def mean_accuracy(results: Mapping[str, Mapping[str, float]]) -> float | None:
