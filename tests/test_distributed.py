@@ -200,15 +200,19 @@ def test_a_fit_with_two_processes_prunes_and_trains_on(tmp_path):
 
 
 SHARDED = (
-    TRAIN.replace('DDPStrategy(process_group_backend="gloo")', "ModelParallelStrategy()")
+    TRAIN.replace(
+        'DDPStrategy(process_group_backend="gloo")',
+        "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)",
+    )
     .replace("import DDPStrategy", "import ModelParallelStrategy")
     .replace(
         "class Module(OwnModule):",
         """class Module(OwnModule):
         def configure_model(self):
-            if not alone:
+            if not alone and not hasattr(self, "is_sharded"):
+                self.is_sharded = True
                 from maiht_lightning.module import _shard
-                _shard(self.net["lm"], self.device_mesh["data_parallel"])
+                _shard(self.net["lm"], self.device_mesh)
 """,
     )
     .replace(

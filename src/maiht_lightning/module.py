@@ -89,7 +89,7 @@ class CausalLMModule(LightningModule):
         # `from_pretrained` leaves it in eval mode, in which checkpointing is off and dropout too.
         self.model = model.train()
         if self.device_mesh is not None:
-            _shard(self.model, self.device_mesh["data_parallel"])
+            _shard(self.model, self.device_mesh)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, seqlen, vocabulary) for token ids (batch, seqlen)."""
@@ -153,8 +153,11 @@ class CausalLMModule(LightningModule):
 
 def _shard(model: "PreTrainedModel", mesh: DeviceMesh) -> None:
     """FSDP2, block by block, over the processes of a mesh: what `ModelParallelStrategy` asks of a module."""
-    if mesh.size() == 1:
-        return
+    if (split := mesh["tensor_parallel"].size()) > 1:
+        raise ValueError(
+            f"ModelParallelStrategy would split each layer over {split} processes, which CausalLMModule does not: give "
+            f"it tensor_parallel_size=1 and data_parallel_size={mesh.size()}"
+        )
     for block in find_blocks(model).modules:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])

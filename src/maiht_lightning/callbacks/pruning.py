@@ -44,6 +44,7 @@ from .language_model import find_language_model, find_tokenizer
 from .schedule import parse_schedule
 from .trainer import (
     check_reachable,
+    check_sharded,
     check_trainer,
     find_callback,
     peak_memory_bytes,
@@ -268,6 +269,7 @@ class MAIHTPruning(Callback):
         """
         model = find_language_model(pl_module, self.model)
         tokenizer = find_tokenizer(pl_module, model, self.tokenizer)
+        check_sharded(trainer, model)
         try:
             if not self.pruned:
                 refuse_adapters(pl_module)

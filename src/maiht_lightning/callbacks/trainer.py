@@ -12,6 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .schedule import Shot
 
@@ -52,7 +54,19 @@ def check_trainer(trainer: Trainer, pruning: Callback, *, trains_on: bool) -> No
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise MisconfigurationException(
             f"MAIHTPruning does not work with {type(trainer.strategy).__name__}: where the model fits on each GPU use "
-            f"strategy='ddp', where it does not ModelParallelStrategy() (FSDP2), or prune afterwards with `maiht prune`"
+            f"strategy='ddp', where it does not ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1) "
+            f"(FSDP2), or prune afterwards with `maiht prune`"
+        )
+
+
+def check_sharded(trainer: Trainer, model: nn.Module) -> None:
+    """Raise `MisconfigurationException` where a module has not done what `ModelParallelStrategy` asks of it."""
+    if not isinstance(trainer.strategy, ModelParallelStrategy) or trainer.world_size == 1:
+        return
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise MisconfigurationException(
+            f"under ModelParallelStrategy a model is sharded by its LightningModule, but {type(model).__name__} has no "
+            f"shards: call torch.distributed.fsdp.fully_shard in configure_model, or use strategy='ddp'"
         )
 
 
