@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from maiht_lightning.capture import find_blocks, find_linears
 from maiht_lightning.journal import Journal, LayerRecord, fingerprint
 from maiht_lightning.pruner import prune
+from maiht_lightning.solvers import MAIHTConfig
 
 # `maiht_lightning.prune` may hide its module's name.
-pruner = importlib.import_module("maiht_lightning.pruner")
+pruner = importlib.import_module("maiht_lightning.block_pruner")
 
 WINDOWS = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0))
 
@@ -125,7 +126,7 @@ def test_another_prunings_journal_is_moved_aside_whole(make, solved, tmp_path, c
         model.model.norm.weight.data[3] += 1e-3
     settings = {"method": "wanda"} | {key: value for key, value in change.items() if key != "model"}
     if "config" in settings:
-        settings["config"] = pruner.MAIHTConfig(iterations=51)
+        settings["config"] = MAIHTConfig(iterations=51)
     run(model, folder, **settings)
     assert solved.groups == 16
     moved = tmp_path / "journal.1"

@@ -9,13 +9,14 @@ import torch
 import transformers
 from torch import nn
 
-from maiht_lightning.capture import find_blocks, find_linears, weight_of
-from maiht_lightning.pruner import PruningError, prune
+from maiht_lightning.block_pruner import PruningError
+from maiht_lightning.capture import find_blocks, find_linears, weight_of, write_weight
+from maiht_lightning.pruner import prune
 from maiht_lightning.solvers import METHODS, prune_layer
 from maiht_lightning.sparsity import count_zeros, measured_sparsity
 
 # `maiht_lightning.prune` may hide its module's name.
-pruner = importlib.import_module("maiht_lightning.pruner")
+pruner = importlib.import_module("maiht_lightning.block_pruner")
 
 
 @pytest.fixture
@@ -372,7 +373,7 @@ def test_an_interrupt_while_writing_leaves_whole_blocks(llama, windows, monkeypa
     """Ctrl-C between two layers of a block: the block is completed first."""
     before, expected = state(llama), copy.deepcopy(llama)
     prune(expected, windows, progress=False)
-    count, original = [], pruner.write_weight
+    count, original = [], write_weight
 
     def write(linear, weight):
         original(linear, weight)
@@ -380,7 +381,7 @@ def test_an_interrupt_while_writing_leaves_whole_blocks(llama, windows, monkeypa
         if len(count) == writes:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruner, "write_weight", write)
+    monkeypatch.setattr(importlib.import_module("maiht_lightning.pruner"), "write_weight", write)
     with pytest.raises(KeyboardInterrupt):
         prune(llama, windows, progress=False)
     done = weights_of(llama, 0) | (weights_of(llama, 1) if writes > 7 else set())

@@ -16,7 +16,7 @@ _HOME = {
     "MAIHTConfig": "solvers",
     "MAIHTPruning": "callbacks.pruning",
     "Perplexity": "evaluation.perplexity",
-    "PruningReport": "pruner",
+    "PruningReport": "block_pruner",
     "SparseFinetune": "recovery",
     "WikiText2DataModule": "data.wikitext2",
     "freeze": "frozen",
@@ -29,6 +29,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
+    from .block_pruner import PruningReport as PruningReport
     from .callbacks.distillation import Distillation as Distillation
     from .callbacks.frozen import FrozenSparsity as FrozenSparsity
     from .callbacks.pruning import MAIHTPruning as MAIHTPruning
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from .export import save_compact as save_compact
     from .frozen import freeze as freeze
     from .module import CausalLMModule as CausalLMModule
-    from .pruner import PruningReport as PruningReport
     from .pruner import prune as prune
     from .recovery import SparseFinetune as SparseFinetune
     from .recovery import sparse_finetune as sparse_finetune

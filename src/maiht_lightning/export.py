@@ -50,8 +50,10 @@ def save_model(
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 gathered[id(tensor)] = whole.detach().cpu() if writes else whole.new_empty(0)
             state[name] = gathered[id(tensor)]
+    # Of what is on disk, a file's worth is read at a time.
+    size = "2GB" if any(parameter.is_meta for parameter in model.parameters()) else "50GB"
     if writes:
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=state, max_shard_size=size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 

@@ -7,8 +7,8 @@ only one block's exist at a time.
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,11 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .block_pruner import BlockPruner, PruningReport
 from .capture import (
-    Batch,
     DecoderBlocks,
-    InputGroup,
     Place,
     Workplace,
-    accumulate_grams,
-    advance,
     check_place,
     choose_place,
     computing_device,
@@ -43,40 +40,11 @@ from .capture import (
     write_weight,
 )
 from .journal import Journal, LayerRecord, block_file, fingerprint
-from .solvers import LayerResult, LayerSolver, MAIHTConfig, Pattern, check_method, parse_pattern, resolve_config
+from .solvers import MAIHTConfig, Pattern, check_method, parse_pattern, resolve_config
 from .solvers.slices import MATRICES
-from .team import Team, TeammateError
+from .team import Team
 
 log = logging.getLogger(__name__)
-
-
-class PruningError(RuntimeError):
-    """A layer could not be pruned; the message names it. Blocks before it are pruned, later ones dense."""
-
-
-@dataclass
-class PruningReport:
-    """What `prune` did.
-
-    Args:
-        layers: One record a linear layer, in the order of the blocks.
-        capture_seconds: Wall-clock time of the forward passes and Gram matrices.
-        solve_seconds: Wall-clock time of the solver.
-    """
-
-    layers: list[LayerRecord] = field(default_factory=list)
-    capture_seconds: float = 0.0
-    solve_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock time in all."""
-        return self.capture_seconds + self.solve_seconds
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros over all pruned layers, counted."""
-        return sum(r.zeros for r in self.layers) / sum(r.shape[0] * r.shape[1] for r in self.layers)
 
 
 @torch.no_grad()
@@ -172,62 +140,22 @@ def prune(
             inside = find_blocks(source).modules
             batches = record_inputs(source, inside, share, batch_size, device=place.device, keep=keep)
             del source, inside, keep
-            work = _Work(place, batches, team, journal, solver, bar, PruningReport())
+            work = BlockPruner(place, batches, team, journal, solver, bar)
+            del batches
             work.report.capture_seconds += time.perf_counter() - begun
-            # The pruned block before this one, through which the batches have not been brought yet.
-            before: nn.Module | None = None
             for index in range(len(blocks.modules)):
                 block = place.load(index)
-                place.read_ahead(index + 1)
-                weights, records = work.prune_block(block, index, before)
+                weights, records = work.prune_next(block, index)
                 _write(block, weights)
                 if place.away:
                     place.store(index, weights, None if journal_dir is None else block_file(journal_dir, index))
                 work.report.layers += records
                 if on_block is not None:
                     on_block(records)
-                before = block
+                work.before = block
+                # So that no block is kept longer than until the batches have been brought through it.
+                del block, weights
     return work.report
-
-
-@dataclass
-class _Work:
-    """What the pruning of each block needs."""
-
-    place: Workplace
-    batches: list[Batch]
-    team: Team
-    journal: Journal | None
-    solver: dict[str, Any]
-    bar: Any
-    report: PruningReport
-
-    def prune_block(
-        self, block: nn.Module, index: int, before: nn.Module | None
-    ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-        """Weights by name in the block, and records; the batches are brought through the block before."""
-        blocks, start = self.place.blocks, time.perf_counter()
-        prefix, label = f"{blocks.path}.{index}", f"block {index + 1}/{len(blocks.modules)}"
-        done = self.team.tell(self.journal.load(index) if self.journal is not None else None)
-        if done is not None:
-            if before is not None:
-                advance(before, self.batches, index - 1)
-            self.bar.set_postfix_str(f"{label}, from the journal")
-            self.bar.update(len(done[0]))
-            self.report.capture_seconds += time.perf_counter() - start
-            return done
-        self.bar.set_postfix_str(f"{label}, Gram matrices")
-        tf32 = self.solver["config"].precision == "tf32"
-        groups = _capture(block, self.batches, index, prefix, before, self.team, tf32=tf32)
-        captured = time.perf_counter()
-        weights, records = _solve(
-            block, groups, index, prefix, self.bar, label=label, solver=self.solver, team=self.team
-        )
-        self.report.capture_seconds += captured - start
-        self.report.solve_seconds += time.perf_counter() - captured
-        if self.journal is not None:
-            self.journal.save(index, weights, records)
-        return weights, records
 
 
 def _open_journal(
@@ -300,97 +228,6 @@ def check_windows(windows: Tensor, model: nn.Module) -> None:
         )
 
 
-def _capture(
-    block: nn.Module,
-    batches: list[Batch],
-    index: int,
-    prefix: str,
-    before: nn.Module | None,
-    team: Team,
-    *,
-    tf32: bool,
-) -> list[InputGroup]:
-    try:
-        with team.together():
-            return accumulate_grams(block, batches, index, before=before, tf32=tf32)
-    except (ValueError, RuntimeError) as error:
-        raise PruningError(f"{prefix} could not be captured: {error}. It and later blocks are unchanged.") from error
-
-
-def _solve(
-    block: nn.Module,
-    groups: list[InputGroup],
-    index: int,
-    prefix: str,
-    bar: Any,
-    *,
-    label: str,
-    solver: dict[str, Any],
-    team: Team,
-) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-    """Weights by name in the block, and records. Empties `groups`: a Gram matrix goes when it has been used."""
-    linears, names = find_linears(block), [group.names for group in groups]
-    costs = [len(g.gram) ** 2 * sum(len(weight_of(linears[name])) for name in g.names) for g in groups]
-    owners = team.owners([float(cost) for cost in costs])
-    weights: dict[str, Tensor] = {}
-    records: dict[str, LayerRecord] = {}
-    try:
-        with team.together():
-            mine = []
-            for owner in owners:
-                team.sum_at(groups[0].gram, owner)
-                group = groups.pop(0)
-                if owner == team.rank:
-                    mine.append(group)
-                del group
-            while mine:
-                group = mine.pop(0)
-                gram, group.gram = group.gram.float(), group.gram.new_empty(0)
-                for name, result in _solve_group(linears, group.names, gram, prefix, bar, label, solver):
-                    weights[name], records[name] = result.weight, _record(f"{prefix}.{name}", index, result)
-                del gram
-    except TeammateError as error:
-        raise PruningError(f"{prefix} could not be pruned: {error}") from error
-    if team.size > 1:
-        records = {name: record for part in team.gather(records) for name, record in part.items()}
-        for owner, members in zip(owners, names, strict=True):
-            for name in members:
-                if owner != team.rank:
-                    weights[name] = torch.empty_like(weight_of(linears[name]), memory_format=torch.contiguous_format)
-                    bar.update()
-                weights[name] = team.broadcast(weights[name].contiguous(), owner)
-    order = [name for members in names for name in members]
-    return {name: weights[name] for name in order}, [records[name] for name in order]
-
-
-def _solve_group(
-    linears: dict[str, nn.Module],
-    names: list[str],
-    gram: Tensor,
-    prefix: str,
-    bar: Any,
-    label: str,
-    solver: dict[str, Any],
-) -> Iterator[tuple[str, LayerResult]]:
-    # What fails before the first layer of a group is begun concerns their common inputs, so all of them.
-    concerned = names
-    bar.set_postfix_str(f"{label}, {', '.join(names)}")
-    try:
-        shared = LayerSolver(gram, **solver)
-        del gram
-        for name in names:
-            concerned = [name]
-            result = shared.prune(weight_of(linears[name]))
-            bar.set_postfix_str(f"{label}, {name}, error {result.relative_error:.4f}")
-            bar.update()
-            yield name, result
-    except (ValueError, ArithmeticError, RuntimeError) as error:
-        raise PruningError(
-            f"{', '.join(f'{prefix}.{name}' for name in concerned)} could not be pruned: {error}. "
-            f"This block and later ones are unchanged."
-        ) from error
-
-
 def _write(block: nn.Module, weights: dict[str, Tensor]) -> None:
     """Write a block's weights, all of them: an interrupt (Ctrl-C) in between is passed on afterwards."""
     linears = find_linears(block)
@@ -401,17 +238,3 @@ def _write(block: nn.Module, weights: dict[str, Tensor]) -> None:
         for name, weight in weights.items():
             write_weight(linears[name], weight)
         raise
-
-
-def _record(name: str, block: int, result: LayerResult) -> LayerRecord:
-    out_features, in_features = result.weight.shape
-    return LayerRecord(
-        name=name,
-        block=block,
-        shape=(out_features, in_features),
-        zeros=result.weight.numel() - int(result.weight.count_nonzero()),
-        relative_error=result.relative_error,
-        objective=result.objective,
-        accelerated=result.accelerated,
-        seconds=result.seconds,
-    )

@@ -17,13 +17,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..block_pruner import PruningReport
 from ..capture import Place, check_place, find_blocks, find_linears, refuse_adapters, weight_of
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource, check_at_least
 from ..evaluation.settings import Evaluation, Measurement, context_length
 from ..export import save_compact, save_model
 from ..journal import LayerRecord, read_records
-from ..pruner import PruningReport, check_windows, prune
+from ..pruner import check_windows, prune
 from ..reporting.environment import environment
 from ..reporting.loggers import (
     finish_pruning,

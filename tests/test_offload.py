@@ -1,0 +1,225 @@
+"""Models that lie elsewhere than they are computed, and hidden states that do."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from maiht_lightning.capture import choose_place
+from maiht_lightning.cli import main
+from maiht_lightning.evaluation.perplexity import perplexity
+from maiht_lightning.export import save_model
+from maiht_lightning.loading import load_model
+from maiht_lightning.pruner import prune
+from maiht_lightning.sparsity import count_zeros, measured_sparsity
+
+WINDOWS = torch.randint(0, 64, (6, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(tiny_llama, tmp_path):
+    """A small model in a folder."""
+    tiny_llama(vocab_size=64, num_hidden_layers=3).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def weights_of(folder):
+    return LlamaForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize(("method", "pattern"), [("maiht", "unstructured"), ("sparsegpt", "2:4")])
+def test_blocks_on_disk_are_pruned_as_in_memory(folder, tmp_path, method, pattern):
+    settings = {"method": method, "pattern": pattern, "progress": False}
+    expected, model = LlamaForCausalLM.from_pretrained(folder), load_model(str(folder), blocks_on_disk=True)
+    records = prune(expected, WINDOWS, **settings).layers
+    report = prune(model, WINDOWS, journal_dir=tmp_path / "journal", **settings)
+    assert [(r.name, r.zeros, r.objective) for r in report.layers] == [(r.name, r.zeros, r.objective) for r in records]
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    assert measured_sparsity(count_zeros(model)) == report.sparsity
+    save_model(model, tmp_path / "pruned")
+    saved = weights_of(tmp_path / "pruned")
+    assert all(torch.equal(saved[name], weight) for name, weight in expected.state_dict().items())
+    # The model runs on as it is, with what was pruned.
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=WINDOWS).logits, expected(input_ids=WINDOWS).logits)
+
+
+def test_perplexity_of_blocks_on_disk(folder):
+    model, expected = load_model(str(folder), blocks_on_disk=True), LlamaForCausalLM.from_pretrained(folder)
+    found = perplexity(model, WINDOWS, batch_size=4, progress=False)
+    assert found == pytest.approx(perplexity(expected, WINDOWS, progress=False), rel=1e-6)
+
+
+def test_pruning_from_disk_goes_on_after_a_crash(folder, tmp_path):
+    """Once with the model as it was, once with the one whose first blocks point to the journal."""
+    journal = tmp_path / "journal"
+    expected = load_model(str(folder), blocks_on_disk=True)
+    prune(expected, WINDOWS, journal_dir=tmp_path / "another", progress=False)
+
+    def stop(records):
+        if records[0].block == 1:
+            raise KeyboardInterrupt
+
+    model = load_model(str(folder), blocks_on_disk=True)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, WINDOWS, journal_dir=journal, progress=False, on_block=stop)
+    solved = []
+    for again in (load_model(str(folder), blocks_on_disk=True), model):
+        report = prune(again, WINDOWS, journal_dir=journal, progress=False, on_block=solved.append)
+        assert len(report.layers) == 21
+        save_model(again, tmp_path / "again")
+        save_model(expected, tmp_path / "expected")
+        one, other = weights_of(tmp_path / "again"), weights_of(tmp_path / "expected")
+        assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_pruned_weights_of_a_model_on_disk_need_a_place(folder):
+    with pytest.raises(ValueError, match="give journal_dir"):
+        prune(load_model(str(folder), blocks_on_disk=True), WINDOWS, progress=False)
+
+
+def test_files_whose_blocks_cannot_stay_there_are_refused(folder):
+    with pytest.raises(ValueError, match="safetensors"):
+        load_model(str(folder / "config.json"), blocks_on_disk=True)
+
+
+def test_a_model_without_values_is_refused(tiny_llama, tmp_path):
+    with torch.device("meta"):
+        model = tiny_llama(vocab_size=64)
+    model.lm_head.to_empty(device="cpu")
+    with pytest.raises(ValueError, match="has no values: load the model with from_pretrained"):
+        prune(model, WINDOWS, journal_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_the_place_of_hidden_states_changes_nothing(tiny_llama, place, tmp_path):
+    expected, model = tiny_llama(vocab_size=64), tiny_llama(vocab_size=64)
+    prune(expected, WINDOWS, progress=False, hidden_states="auto")
+    prune(model, WINDOWS, progress=False, hidden_states=place, journal_dir=tmp_path / "run" / "journal")
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["journal"]
+
+
+def test_hidden_states_go_where_there_is_room(monkeypatch):
+    free, cuda = 100, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 200))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr("maiht_lightning.capture.hidden.available_host_memory", lambda: 1000)
+    assert choose_place(50, cuda, working=40) == "device"
+    assert choose_place(51, cuda, working=40) == "host"
+    assert choose_place(501, cuda) == "disk"
+    assert choose_place(500, torch.device("cpu")) == "host"
+    with pytest.raises(ValueError, match="auto, device, host, disk"):
+        prune(torch.nn.Module(), WINDOWS, hidden_states="gpu")
+
+
+# ---- Through the command line
+
+
+@pytest.mark.slow
+def test_maiht_prune_from_disk(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calibration = ["--pruning.calibration", "PythonDocsCalibration", "--pruning.calibration.samples", "8"]
+    options = [
+        *("--model.name_or_path", str(tiny_folder), "--data", "PythonDocsDataModule", "--trainer.logger", "false"),
+        *("--trainer.accelerator", "cpu", "--pruning.evaluation.perplexity", "[python_docs]"),
+        *(*calibration, "--pruning.calibration.seqlen", "64", "--pruning.evaluation.max_windows", "2"),
+    ]
+    main(["prune", *options, "--output_dir", "memory"])
+    main(["prune", *options, "--output_dir", "disk", "--pruning.offload", "disk", "--pruning.hidden_states", "disk"])
+    memory, disk = (weights_of(tmp_path / name / "model") for name in ("memory", "disk"))
+    assert all(torch.equal(weight, disk[name]) for name, weight in memory.items())
+    stages = [json.loads((tmp_path / name / "summary.json").read_text())["stages"] for name in ("memory", "disk")]
+    for stage in ("dense", "pruned"):
+        one, other = (found[stage]["perplexity"]["python_docs"] for found in stages)
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["fit", "--pruning.offload", "disk"], "for `maiht prune`"),
+        (["prune", "--pruning.offload", "gpu"], "offload"),
+        (["prune", "--pruning.hidden_states", "gpu"], "hidden_states"),
+        (["prune", "--pruning.offload", "disk", "--pruning.compact", "true"], "maiht export"),
+    ],
+)
+def test_what_cannot_be_offloaded_is_refused_before_the_work(options, message, tiny_folder, tmp_path, capsys):
+    command, *rest = options
+    model = ["--model.name_or_path", str(tiny_folder), "--data", "PythonDocsDataModule", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *model, "--trainer.accelerator", "cpu", "--trainer.logger", "false", *rest])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- Memory
+
+PEAK = """
+    import gc, json, sys
+    from pathlib import Path
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from maiht_lightning.capture import find_linears
+    from maiht_lightning.loading import load_model
+    from maiht_lightning.pruner import prune
+
+    torch.manual_seed(0)
+    WIDTH, INNER, TOKENS = 896, 2432, 64
+    settings = dict(vocab_size=4096, num_attention_heads=14, num_key_value_heads=14, max_position_embeddings=64,
+                    bos_token_id=None, eos_token_id=None)
+    windows = torch.randint(0, 4096, (4, TOKENS))
+    # A method without a state of its own: mAIHT's takes `memory_budget` beside, or 11 matrices of a layer's size.
+    options = dict(method="wanda", progress=False)
+
+    def memory(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    if sys.argv[1] == "make":
+        for name, blocks in (("small", 2), ("big", 30)):
+            LlamaForCausalLM(LlamaConfig(
+                hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=blocks, **settings
+            )).save_pretrained(name)
+        raise SystemExit
+    # Whatever the libraries take for themselves they take here.
+    prune(load_model("small", blocks_on_disk=True), windows, journal_dir="warm", **options)
+    gc.collect()
+    before = memory("VmRSS:")
+    Path("/proc/self/clear_refs").write_text("5")
+    model = load_model("big", blocks_on_disk=True)
+    report = prune(model, windows, journal_dir="journal", **options)
+    peak = memory("VmHWM:") - before
+    layers = {name: linear.weight.shape for name, linear in find_linears(model.model.layers[0]).items()}
+    block = 4 * sum(out * into for out, into in layers.values())
+    print(json.dumps({
+        "peak": peak, "blocks": len(model.model.layers), "block": block, "embeddings": 4 * 2 * 4096 * WIDTH,
+        "grams": 8 * (3 * WIDTH**2 + INNER**2), "hidden": 4 * windows.numel() * WIDTH, "sparsity": report.sparsity,
+    }))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc of Linux")
+def test_thirty_blocks_are_pruned_in_the_memory_of_three(tmp_path):
+    """Embeddings, three blocks, the Gram matrices and the hidden states."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PEAK))
+    # Freed matrices go back to the system at once, as glibc does by itself with those of a 7B model.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**19), "MALLOC_TRIM_THRESHOLD_": str(2**19)}
+    for step in ("make", "prune"):
+        run = [sys.executable, program, step]
+        done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["blocks"] == 30
+    assert found["sparsity"] == pytest.approx(0.5)
+    allowed = found["embeddings"] + 3 * found["block"] + found["grams"] + found["hidden"]
+    assert found["peak"] < allowed, f"{found['peak'] / 2**20:.0f} MiB, allowed {allowed / 2**20:.0f} MiB: {found}"
