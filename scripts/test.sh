@@ -2,7 +2,7 @@
 # Install what the tests need and run them: bash scripts/test.sh [options of pytest, such as -m "not slow"]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/install.sh '.[dev,gguf,eval,lora,wandb]'
+source scripts/install.sh '.[dev,gguf,eval,lora,lowmem,wandb]'
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from maiht_lightning import CausalLMModule
+from maiht_lightning import CausalLMModule, FrozenSparsity, prune
 from maiht_lightning.loading import load_model, load_tokenizer
+from maiht_lightning.sparsity import count_zeros
 
 
 class Repeated(LightningDataModule):
@@ -145,3 +146,49 @@ def test_gguf_file_becomes_a_plain_model_that_can_be_saved(smollm2_gguf, tmp_pat
         logits = model.eval()(tokens).logits
         torch.testing.assert_close(again.eval()(tokens).logits, logits)
     assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+
+
+@pytest.mark.slow
+def test_eight_bit_adamw_keeps_small_updates_and_frozen_zeros(tiny_llama, tmp_path):
+    """In bfloat16 plain AdamW stands still where float32 moves; measured along float32's way."""
+    # Square, so that few shapes are compiled.
+    model = tiny_llama(vocab_size=64, intermediate_size=64, num_key_value_heads=4, num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+
+    def moved(optimizer, precision):
+        module = CausalLMModule(str(tmp_path), learning_rate=2e-6, warmup_fraction=0.0, optimizer=optimizer)
+        trainer = quiet_trainer(precision=precision)
+        trainer.fit(module, Repeated(64))
+        weights = torch.cat([p.detach().float().flatten() for p in module.parameters()])
+        return weights - torch.cat([p.detach().to(torch.bfloat16).float().flatten() for p in model.parameters()])
+
+    exact = moved("adamw", "32-true")
+    exact = exact + torch.cat([(p.to(torch.bfloat16).float() - p).detach().flatten() for p in model.parameters()])
+    with pytest.warns(UserWarning, match="adamw_8bit"):
+        plain = moved("adamw", "bf16-true")
+    stochastic = moved("adamw_8bit", "bf16-true")
+    shares = [float((way * exact).sum() / exact.square().sum()) for way in (plain, stochastic)]
+    assert shares[0] < 0.5
+    assert shares[1] == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.slow
+def test_eight_bit_adamw_keeps_zeros_frozen(tiny_llama, tmp_path):
+    model = tiny_llama(vocab_size=64, intermediate_size=64, num_key_value_heads=4, num_hidden_layers=1)
+    windows = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(1))
+    prune(model, windows, method="magnitude", progress=False)
+    model.save_pretrained(tmp_path)
+    module = CausalLMModule(str(tmp_path), learning_rate=1e-3, weight_decay=0.1, optimizer="adamw_8bit")
+    quiet_trainer(callbacks=[FrozenSparsity()], precision="bf16-true").fit(module, Repeated())
+    assert [c.zeros for c in count_zeros(module.model)] == [c.zeros for c in count_zeros(model)]
+    assert not torch.equal(
+        module.model.model.layers[0].mlp.up_proj.weight.float(), model.model.layers[0].mlp.up_proj.weight
+    )
+
+
+def test_optimizers_that_cannot_be_had_are_named(folder, monkeypatch):
+    with pytest.raises(ValueError, match="adamw or adamw_8bit"):
+        CausalLMModule(str(folder), optimizer="sgd")
+    monkeypatch.setattr("maiht_lightning.module.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="lowmem"):
+        CausalLMModule(str(folder), optimizer="adamw_8bit")

@@ -100,7 +100,8 @@ class FrozenZeros:
         """Zero what an optimizer remembers of frozen weights: moments gathered before the pruning would move them."""
         for name, weight in self._weights.items():
             for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
+                # Not 8-bit ones, which cannot be multiplied; their share of an update is undone after each step.
+                if isinstance(value, Tensor) and value.shape == weight.shape and type(_local(value)) is Tensor:
                     _local(value).mul_(self._mask(name, value))
 
     @torch.no_grad()

@@ -1,11 +1,13 @@
 """A LightningModule around any Hugging Face causal language model."""
 
 from functools import cached_property
+from importlib.util import find_spec
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,10 +35,14 @@ class CausalLMModule(LightningModule):
         weight_decay: AdamW's weight decay, for matrices only.
         warmup_fraction: Share of the optimizer steps over which the learning rate rises.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        optimizer: `adamw` (PyTorch's), or `adamw_8bit` (torchao's; needs the extra `lowmem`), whose moments take 2
+            bytes a weight, not 8 or, in bfloat16, 4, and which rounds updates of bfloat16 weights stochastically. With
+            `precision: bf16-true`, plain AdamW loses updates below a 256th of a weight.
 
     Raises:
         FileNotFoundError: `name_or_path` is a local path and nothing is there.
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or the optimizer unknown.
+        ModuleNotFoundError: torchao is asked for and not installed.
 
     Example::
 
@@ -51,6 +57,7 @@ class CausalLMModule(LightningModule):
         weight_decay: float = 0.0,
         warmup_fraction: float = 0.03,
         gradient_checkpointing: bool = False,
+        optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
     ) -> None:
         super().__init__()
         check_source(name_or_path)
@@ -59,12 +66,17 @@ class CausalLMModule(LightningModule):
                 raise ValueError(f"{name} must be a finite number, at least 0, but found {value!r}")
         if not 0 <= warmup_fraction <= 1:
             raise ValueError(f"warmup_fraction must lie between 0 and 1, but found {warmup_fraction!r}")
+        if optimizer not in ("adamw", "adamw_8bit"):
+            raise ValueError(f"optimizer must be adamw or adamw_8bit, but found {optimizer!r}")
+        if optimizer == "adamw_8bit" and find_spec("torchao") is None:
+            raise ModuleNotFoundError("optimizer: adamw_8bit needs torchao: pip install 'maiht-lightning[lowmem]'")
         self.save_hyperparameters()
         self.name_or_path = name_or_path
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer = optimizer
         # Epochs and optimizer steps of fits before this one on the same Trainer: its schedule begins after them.
         self.earlier_epochs = self.earlier_steps = 0
         # Set for pruning a model larger than the memory: see `load_model`.
@@ -119,7 +131,15 @@ class CausalLMModule(LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "adamw_8bit":
+            from torchao.optim import AdamW8bit
+
+            optimizer = AdamW8bit(groups, lr=self.learning_rate, bf16_stochastic_round=True)
+        else:
+            if any(p.dtype in (torch.bfloat16, torch.float16) for p in trained):
+                rank_zero_warn("AdamW loses small updates of half-precision weights: consider optimizer: adamw_8bit")
+            optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         steps = self._scheduled_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup_fraction * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
