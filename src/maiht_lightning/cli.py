@@ -1,7 +1,7 @@
 """`maiht`: LightningCLI with pruning.
 
 Commands: `fit` (train, then prune), `prune` (no training), `validate` and `test`, which have a Trainer; `evaluate`,
-`report` and `export`, which have none (see `commands`).
+`report`, `export` and `estimate`, which have none (see `commands`).
 """
 
 import os
@@ -134,7 +134,7 @@ class MAIHTCLI(LightningCLI):
                 "prog": "maiht",
                 "description": "Fine-tune a causal language model and prune it in one shot. Beside the subcommands "
                 "below: `maiht evaluate --help` measures any model, `maiht report --help` compares runs, `maiht export "
-                "--help` writes compact files.",
+                "--help` writes compact files, `maiht estimate --help` predicts memory and time.",
             },
             args=args,
         )

@@ -1,8 +1,9 @@
-"""The commands of `maiht` that need no Trainer: `evaluate`, `report` and `export`."""
+"""The commands of `maiht` that need no Trainer: `evaluate`, `report`, `export` and `estimate`."""
 
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -32,9 +33,7 @@ def evaluate(args: list[str]) -> None:
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for the results.")
     settings = parser.parse_args(args)
     evaluation = Evaluation(**{name: settings[name] for name in Evaluation.__dataclass_fields__})
-    output = None if settings.output is None else Path(settings.output)
-    if output is not None and not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"output: expected a file in an existing folder, found {output}")
+    _check_output(settings.output)
 
     tokenizer = load_tokenizer(settings.model)
     model = load_model(settings.model, DTYPES[settings.dtype])
@@ -42,8 +41,8 @@ def evaluate(args: list[str]) -> None:
     measurement = evaluation.load(model, tokenizer)
     found = measurement.measure(model.to(settings.device), tokenizer)
     found["sparsity"] = measured_sparsity(count_zeros(model))
-    if output is not None:
-        output.write_text(json.dumps({"model": settings.model, **found}, indent=2) + "\n")
+    if settings.output is not None:
+        Path(settings.output).write_text(json.dumps({"model": settings.model, **found}, indent=2) + "\n")
     title = f"{settings.model}: {found['sparsity']:.4%} zeros in its linear layers"
     console = Console()
     console.print(stage_table({"measured": found}, title))
@@ -84,4 +83,49 @@ def export(args: list[str]) -> None:
     print(f"{folder}: {size / 2**20:.1f} MiB instead of {dense / 2**20:.1f} MiB; maiht_lightning.load_compact loads it")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"evaluate": evaluate, "report": report, "export": export}
+def estimate(args: list[str]) -> None:
+    """Predict memory and time of a run, print a table, and say what to change where it will not fit."""
+    from .estimate.advice import advise
+    from .estimate.devices import SHEETS, find_device
+    from .estimate.plan import Job
+    from .estimate.plan import estimate as predict
+    from .estimate.shape import ModelShape
+    from .estimate.table import phase_table
+
+    parser = ArgumentParser(
+        prog="maiht estimate", description="Predict memory and time of a run from a model's config; loads no weights."
+    )
+    parser.add_argument(
+        "--model", type=str, required=True, help="Hub name, model folder, .gguf file, or path of a config.json."
+    )
+    parser.add_argument(
+        "--gpu", type=str, default="local", help=f"One of {', '.join(SHEETS)}, or local: this machine, measured."
+    )
+    parser.add_class_arguments(Job)
+    parser.add_argument("--output", type=str | None, default=None, help="JSON file for the results.")
+    settings = parser.parse_args(args)
+    _check_output(settings.output)
+    job = Job(**{name: parser.instantiate_classes(settings)[name] for name in Job.__dataclass_fields__})
+    shape = ModelShape.from_source(settings.model)
+    device = find_device(settings.gpu, shape.hidden, max(shape.grams))
+    found = predict(shape, job, device)
+    advice = advise(shape, job, device, found)
+    if settings.output is not None:
+        content = {"model": settings.model, "device": asdict(device), "job": asdict(job), **asdict(found)}
+        Path(settings.output).write_text(json.dumps({**content, "advice": advice}, indent=2) + "\n")
+    Console().print(phase_table(found, f"{settings.model}: {shape.parameters / 1e9:.2f} B parameters on {device.name}"))
+    for sentence in advice or [f"All of it fits into the {device.memory / 2**30:.0f} GiB of {device.name}."]:
+        print(sentence)
+
+
+def _check_output(path: str | None) -> None:
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"output: expected a file in an existing folder, found {path}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "evaluate": evaluate,
+    "report": report,
+    "export": export,
+    "estimate": estimate,
+}

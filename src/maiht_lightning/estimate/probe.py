@@ -87,7 +87,9 @@ def count_block(twin: Callable[[int, torch.dtype], nn.Module], dtype: torch.dtyp
     block = [b - a for a, b in zip(one, two, strict=True)]
     rest = [a - b for a, b in zip(one, block, strict=True)]
     # Peaks do not add up: that of a block is taken from within it.
-    return Counts(*block[:3], peak=one[3]), Counts(*rest[:3], peak=one[4]), structure
+    saved, forward, training = block[:3]
+    outside = Counts(saved=rest[0], forward=rest[1], training=rest[2], peak=one[4])
+    return Counts(saved=saved, forward=forward, training=training, peak=one[3]), outside, structure
 
 
 def _count(model: nn.Module, structure: Structure) -> list[float]:
@@ -111,7 +113,7 @@ def _count_window(model: nn.Module, structure: Structure, length: int) -> list[i
 
     structure.group_of.clear()
     block = find_blocks(model).modules[0]
-    traffic = _Traffic()
+    traffic = Traffic()
     with torch.no_grad(), traffic:
         handles = _watch(block, structure, traffic)
         model.eval()(input_ids=tokens, use_cache=False)
@@ -120,7 +122,7 @@ def _count_window(model: nn.Module, structure: Structure, length: int) -> list[i
     forward, peak, block_peak = traffic.moved, traffic.peak, traffic.block_peak
 
     model.train()
-    traffic = _Traffic()
+    traffic = Traffic()
     with traffic:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = model(input_ids=tokens, labels=tokens, use_cache=False)
@@ -132,16 +134,13 @@ def _count_window(model: nn.Module, structure: Structure, length: int) -> list[i
     return [bytes_saved, forward, traffic.moved, block_peak, peak]
 
 
-def _watch(block: nn.Module, structure: Structure, traffic: "_Traffic") -> list[Any]:
+def _watch(block: nn.Module, structure: Structure, traffic: "Traffic") -> list[Any]:
     """Hooks that number the inputs of a block's linear layers and bound the block in time."""
     inputs: list[Tensor] = []
 
     def see(name: str, given: Tensor) -> None:
-        for number, known in enumerate(inputs):
-            if given is known:
-                break
-        else:
-            number = len(inputs)
+        number = next((i for i, known in enumerate(inputs) if given is known), len(inputs))
+        if number == len(inputs):
             inputs.append(given)
         structure.group_of.setdefault(name, number)
 
@@ -158,7 +157,7 @@ def _watch(block: nn.Module, structure: Structure, traffic: "_Traffic") -> list[
     return handles
 
 
-class _Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):
     """Bytes that all but matrix products read and write, and the most bytes that exist at a time.
 
     Attributes:
@@ -176,10 +175,12 @@ class _Traffic(TorchDispatchMode):
         self._outer = (0, 0)
 
     def enter_block(self) -> None:
+        """Begin `block_peak`."""
         self._outer = self.peak, self.alive
         self.peak = self.alive
 
     def leave_block(self) -> None:
+        """End `block_peak`."""
         before, alive = self._outer
         self.block_peak = self.peak - alive
         self.peak = max(self.peak, before)

@@ -1,0 +1,164 @@
+"""Benchmark the pruning of a model of LLaMA's shape with random weights and tokens, phase by phase.
+
+    python scripts/bench_llama7b.py --output bench.json                     # 7B, whole, 128 x 2048 tokens
+    python scripts/bench_llama7b.py --model 70b-shape --offload cpu --blocks 4
+    python scripts/bench_llama7b.py --blocks 1 --samples 1 --seqlen 128 --iterations 2 --refine-iterations 1   # on a CPU
+
+For each phase: seconds, matrix products a second as a fraction of what this machine was measured to do in their
+format, and peak memory. Beside it stands what `maiht estimate` predicts for this machine and for others.
+"""
+
+import argparse
+import json
+import resource
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from maiht_lightning.estimate.devices import GIB, SHEETS, find_device
+from maiht_lightning.estimate.plan import Estimate, Job, estimate
+from maiht_lightning.estimate.shape import ModelShape
+from maiht_lightning.pruner import prune
+from maiht_lightning.solvers import MAIHTConfig
+
+# hidden, inner, blocks, heads, key and value heads, vocabulary
+SHAPES = {
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+    "70b-shape": (8192, 28672, 80, 64, 8, 32000),
+}
+
+
+def make_model(name: str, blocks: int | None, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    hidden, inner, all_blocks, heads, kv_heads, vocabulary = SHAPES[name]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=blocks or all_blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    # Only what is asked for is ever allocated, and where it is asked for.
+    model = model.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(1.0) if weight.ndim < 2 else weight.normal_(std=0.02)
+    rotary: Any = model.model.rotary_emb
+    inverse, _ = rotary.compute_default_rope_parameters(config, device)
+    for buffer in ("inv_freq", "original_inv_freq"):
+        getattr(rotary, buffer).copy_(inverse)
+    return model.eval()
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rate_of(phase: str, job: Job, device: Any) -> float:
+    """Of the products of a phase, by the estimate's own choice of format."""
+    if phase == "capture":
+        return device.half if job.itemsize == 2 else device.single
+    return device.tf32 if job.config.precision == "tf32" else device.single
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SHAPES), default="7b")
+    parser.add_argument("--blocks", type=int, help="Only so many blocks.")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--method", default="maiht")
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--refine-iterations", type=int, default=30)
+    parser.add_argument("--precision", choices=["float32", "tf32"], default="float32")
+    parser.add_argument("--offload", choices=["none", "cpu"], default="none")
+    parser.add_argument("--output", type=Path, help="JSON file.")
+    options = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    home = torch.device("cpu") if options.offload == "cpu" else device
+    config = MAIHTConfig(
+        iterations=options.iterations, refine_iterations=options.refine_iterations, precision=options.precision
+    )
+    job = Job(
+        dtype=options.dtype,
+        samples=options.samples,
+        seqlen=options.seqlen,
+        batch_size=min(options.batch_size, options.samples),
+        method=options.method,
+        config=config,
+        offload=options.offload,
+        eval_windows=0,
+    )
+    begun = time.perf_counter()
+    model = make_model(options.model, options.blocks, getattr(torch, options.dtype), home)
+    seconds_to_make = time.perf_counter() - begun
+    shape = ModelShape.of(model, options.model)
+    local = find_device("local", shape.hidden, max(shape.grams))
+    windows = torch.randint(0, shape.vocabulary, (job.samples, job.seqlen), generator=torch.Generator().manual_seed(0))
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    report = prune(
+        model,
+        windows,
+        method=job.method,
+        config=config,
+        batch_size=job.batch_size,
+        device=device,
+    )
+    seconds = time.perf_counter() - begun
+
+    predicted: dict[str, Estimate] = {"local": estimate(shape, job, local)}
+    predicted |= {name: estimate(shape, job, SHEETS[name]) for name in ("a100-80gb", "h100-80gb")}
+    measured = {"capture": report.capture_seconds, "solve": report.solve_seconds}
+    phases = {}
+    for phase in predicted["local"].phases:
+        achieved = phase.flops / measured[phase.name]
+        phases[phase.name] = {
+            "seconds": measured[phase.name],
+            "flops": phase.flops,
+            "fraction_of_measured_peak": achieved / rate_of(phase.name, job, local),
+            "predicted_seconds": {
+                name: next(p.seconds for p in found.phases if p.name == phase.name) for name, found in predicted.items()
+            },
+        }
+    result = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "measured_device": asdict(local),
+        "model": options.model,
+        "blocks": shape.blocks,
+        "job": asdict(job),
+        "seconds": seconds,
+        "seconds_to_make_the_model": seconds_to_make,
+        "peak_bytes": peak_bytes(device),
+        "predicted_peak_bytes": {name: found.peak.device_bytes for name, found in predicted.items()},
+        "sparsity": report.sparsity,
+        "phases": phases,
+    }
+    print(f"{options.model}, {shape.blocks} blocks, {job.samples} x {job.seqlen} tokens on {result['device']}")
+    for name, found in phases.items():
+        other = ", ".join(f"{place} {value:.2f} s" for place, value in found["predicted_seconds"].items())
+        share = found["fraction_of_measured_peak"]
+        print(f"{name}: {found['seconds']:.2f} s, {share:.0%} of the measured peak; predicted: {other}")
+    print(f"peak memory {result['peak_bytes'] / GIB:.2f} GiB; in all {seconds:.1f} s")
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

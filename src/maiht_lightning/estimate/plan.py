@@ -1,0 +1,248 @@
+"""Predicting a run's phases: bytes, operations, seconds.
+
+Products take operations over the device's rate for their format; everything else takes bytes moved over its memory's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Literal
+
+import torch
+
+from ..capture.grams import slice_rows
+from ..data.calibration import check_at_least
+from ..solvers import MAIHTConfig, check_method, parse_pattern
+from ..solvers.slices import MATRICES, rows_within
+from .devices import GIB, Device
+from .shape import ModelShape
+from .solver import count_solver
+
+# Bytes a weight of an optimizer's state, by the weight's own bytes.
+OPTIMIZERS = {"adamw": lambda itemsize: 2 * itemsize, "adamw_8bit": lambda itemsize: 2 + 8 / 256}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done; the defaults are the paper's.
+
+    Args:
+        dtype: Format of the weights: `bfloat16`, `float16` or `float32`.
+        samples: Calibration windows.
+        seqlen: Tokens of a window, in calibration, training and evaluation.
+        batch_size: Windows a calibration forward pass.
+        method: Pruning method.
+        pattern: Sparsity pattern.
+        sparsity: Fraction of zeros.
+        config: Settings of the solver.
+        offload: As for `MAIHTPruning`.
+        train_steps: Forward and backward passes; 0 for none.
+        train_batch_size: Windows of each.
+        gradient_checkpointing: As for `CausalLMModule`.
+        optimizer: As for `CausalLMModule`.
+        eval_windows: Windows of each measurement, before and after the pruning; 166 are WikiText-2's test set in
+            LLaMA's tokens.
+        eval_batch_size: Windows a forward pass.
+    """
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    samples: int = 128
+    seqlen: int = 2048
+    batch_size: int = 8
+    method: str = "maiht"
+    pattern: str = "unstructured"
+    sparsity: float = 0.5
+    config: MAIHTConfig = field(default_factory=MAIHTConfig)
+    offload: Literal["none", "cpu", "disk"] = "none"
+    train_steps: int = 0
+    train_batch_size: int = 1
+    gradient_checkpointing: bool = True
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw_8bit"
+    eval_windows: int = 166
+    eval_batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        parse_pattern(self.pattern, self.sparsity)
+        for name in ("samples", "seqlen", "batch_size", "train_batch_size", "eval_batch_size"):
+            check_at_least(1, **{name: getattr(self, name)})
+        for name in ("train_steps", "eval_windows"):
+            check_at_least(0, **{name: getattr(self, name)})
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run.
+
+    Args:
+        name: `finetune`, `capture`, `solve` or `evaluate`.
+        flops: Operations in matrix products.
+        seconds: Wall-clock time.
+        device_bytes: Most memory of the computing device that is in use.
+    """
+
+    name: str
+    flops: float
+    seconds: float
+    device_bytes: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A prediction.
+
+    Args:
+        phases: In the order in which they run.
+        host_bytes: Most host memory beside what the device holds; with a CPU all is the device's.
+        disk_bytes: The run's folder when it is done: the pruned model and the journal.
+        weights: Bytes of the model.
+    """
+
+    phases: tuple[Phase, ...]
+    host_bytes: float
+    disk_bytes: float
+    weights: float
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most of the device's memory."""
+        return max(self.phases, key=lambda phase: phase.device_bytes)
+
+    @property
+    def flops(self) -> float:
+        """Operations of all phases."""
+        return sum(phase.flops for phase in self.phases)
+
+
+def gram_flops(inputs: int, tokens: int, device: torch.device) -> float:
+    """Operations of XᵀX's upper triangle for X (tokens, in), as it is computed."""
+    rows = slice_rows(inputs, device)
+    return sum(2.0 * tokens * min(rows, inputs - s) * (inputs - s) for s in range(0, inputs, rows))
+
+
+def estimate(shape: ModelShape, job: Job, device: Device) -> Estimate:
+    """Predict what a run on one device takes.
+
+    Args:
+        shape: The model's sizes.
+        job: What is to be done.
+        device: Where.
+
+    Raises:
+        ValueError: The solver's `memory_budget` is too small.
+    """
+    phases = [*_finetune(shape, job, device), _capture(shape, job, device), _solve(shape, job, device)]
+    if job.eval_windows:
+        phases.append(_evaluate(shape, job, device))
+    weights = float(shape.parameters * job.itemsize)
+    layers = float(shape.prunable * job.itemsize)
+    own_memory = device.link == float("inf")
+    host = 0.0 if own_memory else 3 * GIB + (weights if job.offload == "cpu" else 0.0)
+    return Estimate(tuple(phases), host, disk_bytes=weights + layers, weights=weights)
+
+
+def _rate(job: Job, device: Device) -> float:
+    return device.half if job.itemsize == 2 else device.single
+
+
+def _forward_flops(shape: ModelShape, job: Job, tokens: float) -> float:
+    """Of one block. Causal attention needs half of its products."""
+    return tokens * (2.0 * sum(layer.weights for layer in shape.layers) + job.seqlen * shape.attention_width)
+
+
+def _block_bytes(shape: ModelShape, job: Job) -> float:
+    return float(shape.block_parameters * job.itemsize)
+
+
+def _resident(shape: ModelShape, job: Job, blocks: int = 2) -> float:
+    """Weights on the device while blocks are pruned or measured."""
+    if job.offload == "none":
+        return float(shape.parameters * job.itemsize)
+    return shape.outside * job.itemsize + blocks * _block_bytes(shape, job)
+
+
+def _hidden(shape: ModelShape, job: Job) -> float:
+    return float(job.samples * job.seqlen * shape.hidden * job.itemsize)
+
+
+def _finetune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
+    if not job.train_steps:
+        return
+    tokens, size = job.train_batch_size * job.seqlen, job.itemsize
+    block, head = shape.block_counts(size), shape.head_counts(size)
+    passes = 4 if job.gradient_checkpointing else 3
+    head_flops = 3 * 2.0 * tokens * shape.hidden * shape.vocabulary
+    flops = job.train_steps * (passes * shape.blocks * _forward_flops(shape, job, tokens) + head_flops)
+    state = OPTIMIZERS[job.optimizer](size)
+    moved = tokens * (shape.blocks * (block.training + block.forward * (passes - 3)) + head.training)
+    # Gradients, weights and moments are read, and all but the gradients written.
+    moved += shape.parameters * (3 * size + 2 * state + size)
+    saved = tokens * (
+        shape.hidden * size * shape.blocks + block.saved if job.gradient_checkpointing else block.saved * shape.blocks
+    )
+    # The loss and its gradient by the logits, in float32 and in the weights' format.
+    logits = tokens * (head.saved + shape.vocabulary * (4 + size))
+    memory = device.base + shape.parameters * (2 * size + state) + saved + logits
+    seconds = flops / _rate(job, device) + job.train_steps * moved / device.fresh
+    yield Phase("finetune", flops, seconds, memory)
+
+
+def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
+    tokens, size = job.samples * job.seqlen, job.itemsize
+    place = torch.device("cpu" if device.link == float("inf") else "cuda")
+    # Each block runs twice, once up to the input of its last layer.
+    forward = shape.blocks * (2 * _forward_flops(shape, job, tokens) - 2.0 * tokens * shape.layers[-1].weights)
+    grams = shape.blocks * sum(gram_flops(n, tokens, place) for n in shape.grams)
+    batches = ceil(job.samples / job.batch_size)
+    # A product is written in float32 and added to half of the sum in float64; inputs are turned to float32.
+    moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams) + tokens * sum(shape.grams) * (size + 4)
+    gram_rate = device.tf32 if size == 2 or job.config.precision == "tf32" else device.single
+    seconds = forward / _rate(job, device) + grams / gram_rate + shape.blocks * moved / device.bandwidth
+    seconds += shape.blocks * 2 * tokens * shape.block_counts(size).forward / device.fresh
+    if job.offload != "none":
+        seconds += shape.blocks * _block_bytes(shape, job) / device.link
+    widest = max(shape.grams)
+    sums = sum(8.0 * n * n for n in shape.grams) + 4.0 * slice_rows(widest, place) * widest
+    working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest)
+    memory = device.base + _resident(shape, job) + sums + _hidden(shape, job) + working
+    return Phase("capture", forward + grams, seconds, memory)
+
+
+def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
+    counts = count_solver(job.method, job.pattern, job.sparsity, job.config)
+    flops = shape.blocks * sum(counts.products * layer.outputs * layer.inputs**2 for layer in shape.layers)
+    if job.method in ("sparsegpt", "admm"):
+        # Factorising and inverting the Gram matrix.
+        flops += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
+    moved = shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
+    rates = {"float32": device.single, "tf32": device.tf32, "float64": device.single / 2}
+    seconds = flops / rates[job.config.precision] + moved / device.bandwidth
+    item = 8 if job.config.precision == "float64" else 4
+    state = max(
+        MATRICES * item * rows_within(job.config.memory_budget, (la.outputs, la.inputs), job.config.dtype) * la.inputs
+        for la in shape.layers
+    )
+    grams = item * (sum(n * n for n in shape.grams) + max(shape.grams) ** 2)
+    results = job.itemsize * sum(layer.weights for layer in shape.layers) if job.offload == "none" else 0
+    memory = device.base + _resident(shape, job) + grams + state + results + _hidden(shape, job)
+    return Phase("solve", flops, seconds, memory)
+
+
+def _evaluate(shape: ModelShape, job: Job, device: Device) -> Phase:
+    tokens, size = 2 * job.eval_windows * job.seqlen, job.itemsize
+    block, head = shape.block_counts(size), shape.head_counts(size)
+    flops = shape.blocks * _forward_flops(shape, job, tokens) + 2.0 * tokens * shape.hidden * shape.vocabulary
+    moved = tokens * (shape.blocks * block.forward + head.forward)
+    seconds = flops / _rate(job, device) + moved / device.fresh
+    batch = job.eval_batch_size * job.seqlen
+    memory = device.base + _resident(shape, job) + batch * (block.peak + shape.vocabulary * size) + 2**28
+    if job.offload != "none":
+        seconds += 2 * shape.blocks * _block_bytes(shape, job) / device.link
+        memory += job.eval_windows * job.seqlen * shape.hidden * size
+    return Phase("evaluate", flops, seconds, memory)

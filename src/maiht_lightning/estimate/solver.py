@@ -1,0 +1,43 @@
+"""Counting what a solver does, by letting it solve small layers."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..solvers import LayerSolver, MAIHTConfig
+from .probe import Traffic
+
+# Inputs of the small layers, and rows of two of them.
+_WIDTH, _FEWER, _MORE = 64, 64, 128
+
+
+@dataclass(frozen=True)
+class SolverCounts:
+    """What a method does; all of it grows with these.
+
+    Args:
+        products: Operations in matrix products for a layer (out, in), divided by out · in².
+        moved: Bytes that all else reads and writes, divided by out · in.
+    """
+
+    products: float
+    moved: float
+
+
+@cache
+def count_solver(method: str, pattern: str, sparsity: float, config: MAIHTConfig) -> SolverCounts:
+    """Counts of a method by `prune_layer`'s arguments."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inputs, weight = torch.randn(4 * _WIDTH, _WIDTH), torch.randn(_MORE, _WIDTH)
+    products, moved = [], []
+    for rows in (_FEWER, _MORE):
+        with FlopCounterMode(display=False) as flops, Traffic() as traffic:
+            solver = LayerSolver(inputs.T @ inputs, sparsity=sparsity, pattern=pattern, method=method, config=config)
+            solver.prune(weight[:rows])
+        products.append(flops.get_total_flops())
+        moved.append(traffic.moved)
+    rows = _MORE - _FEWER
+    return SolverCounts((products[1] - products[0]) / rows / _WIDTH**2, (moved[1] - moved[0]) / rows / _WIDTH)
