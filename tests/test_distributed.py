@@ -8,11 +8,15 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import LlamaForCausalLM
 
+from maiht_lightning import MAIHTPruning
+from maiht_lightning.callbacks.trainer import check_trainer
 from maiht_lightning.pruner import prune
 from maiht_lightning.sparsity import count_zeros, measured_sparsity
 from maiht_lightning.team import Team
@@ -255,3 +259,42 @@ def test_too_few_windows_are_refused(tiny_llama, monkeypatch):
     monkeypatch.setattr(Team, "__init__", lambda self, group=None: None)
     with pytest.raises(ValueError, match="3 windows in batches of 1 are too few for 4 processes"):
         prune(tiny_llama(vocab_size=64), torch.zeros(3, 8, dtype=torch.long), progress=False)
+
+
+# ---- From the command line
+
+
+@pytest.mark.slow
+def test_maiht_prune_with_two_processes_as_with_one(tiny_folder, local_data, tmp_path):
+    """Weights, perplexity and a task's accuracy, each shared out."""
+    options = [
+        *("--model.name_or_path", str(tiny_folder), "--data", "PythonDocsDataModule", "--trainer.logger", "false"),
+        *("--trainer.accelerator", "cpu", "--pruning.calibration", "PythonDocsCalibration"),
+        *("--pruning.calibration.samples", "5", "--pruning.calibration.seqlen", "64"),
+        *("--pruning.evaluation.perplexity", "[python_docs]", "--pruning.evaluation.max_windows", "3"),
+        *("--pruning.evaluation.tasks", "[arc_easy]", "--pruning.evaluation.limit", "9"),
+    ]
+    several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = [sys.executable, "-m", "maiht_lightning.cli", "prune", *options, "--output_dir"]
+    for name, more in (("one", []), ("two", several)):
+        run = [*command, name, *more]
+        done = subprocess.run(run, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (LlamaForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+    stages = [json.loads((tmp_path / name / "summary.json").read_text())["stages"] for name in ("one", "two")]
+    for stage in ("dense", "pruned"):
+        single, shared = (found[stage] for found in stages)
+        assert shared["tasks"]["arc_easy"] == pytest.approx(single["tasks"]["arc_easy"])
+        assert shared["perplexity"] == pytest.approx(single["perplexity"], rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
+def test_other_strategies_are_refused_before_training(strategy):
+    class Strategy:
+        pass
+
+    Strategy.__name__ = {"deepspeed": "DeepSpeedStrategy", "fsdp": "FSDPStrategy"}[strategy]
+    pruning = MAIHTPruning()
+    with pytest.raises(MisconfigurationException, match=rf"{Strategy.__name__}.*ddp.*ModelParallelStrategy"):
+        check_trainer(SimpleNamespace(strategy=Strategy(), callbacks=[pruning]), pruning, trains_on=False)
