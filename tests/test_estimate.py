@@ -1,20 +1,26 @@
 """Predictions of memory, operations and time: against formulas, and against what was measured."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
+from maiht_lightning import MAIHTPruning
 from maiht_lightning.capture.grams import add_gram, mirror_, slice_rows
 from maiht_lightning.cli import main
 from maiht_lightning.estimate.advice import advise
 from maiht_lightning.estimate.devices import GIB, SHEETS, find_device
 from maiht_lightning.estimate.plan import Job, estimate, gram_flops
+from maiht_lightning.estimate.run import predict_pruning
 from maiht_lightning.estimate.shape import ModelShape
+from own_module import NoTokenizer, OwnModule, Windows, trainer
 
 LLAMA_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -220,3 +226,21 @@ def test_predictions_hold_for_a_real_model(smollm2_gguf, tmp_path):
 def test_this_machine_is_measured():
     device = find_device("local", 64, 128)
     assert min(device.memory, device.half, device.single, device.bandwidth, device.fresh) > 0
+
+
+def test_a_run_with_a_logger_stands_beside_its_prediction(tiny_llama, tmp_path, text, monkeypatch):
+    monkeypatch.setattr("maiht_lightning.callbacks.pruning.find_tokenizer", lambda *_: NoTokenizer())
+    logger = CSVLogger(tmp_path)
+    fit = trainer(MAIHTPruning(calibration=Windows(), output_dir=str(tmp_path / "run")), logger=logger)
+    fit.fit(OwnModule(tiny_llama(vocab_size=64)))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["predicted"]) == ["capture", "solve"]
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    (row,) = [row for row in rows if row.get("predicted/solve_seconds")]
+    solve = summary["predicted"]["solve"]
+    assert float(row["predicted/solve_seconds"]) == pytest.approx(solve["seconds"])
+    assert float(row["tflops/solve"]) == pytest.approx(solve["flops"] / summary["seconds"]["solve"] / 1e12)
+
+
+def test_models_that_cannot_be_estimated_are_no_error():
+    assert predict_pruning(torch.nn.Linear(3, 3), Job()) == {}

@@ -21,6 +21,8 @@ from ..block_pruner import PruningReport
 from ..capture import Place, check_place, find_blocks, find_linears, refuse_adapters, weight_of
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource, check_at_least
+from ..estimate.plan import Job
+from ..estimate.run import predict_pruning
 from ..evaluation.settings import Evaluation, Measurement, context_length
 from ..export import save_compact, save_model
 from ..journal import LayerRecord, read_records
@@ -300,6 +302,8 @@ class MAIHTPruning(Callback):
         self._save(trainer, pl_module, "model")
         self.report = report
         self.summary.measured_sparsity = report.sparsity
+        if trainer.loggers and trainer.world_size == 1:
+            self.summary.predicted = self._predict(find_language_model(pl_module, self.model))
         self._measure("pruned", trainer, pl_module)
         if trainer.is_global_zero:
             write_layers(self.output_dir, report.layers)
@@ -424,6 +428,22 @@ class MAIHTPruning(Callback):
         if trainer.is_global_zero:
             self.summary.write(self.output_dir)
             log_stage(trainer.loggers, stage, found, trainer.global_step)
+
+    def _predict(self, model: "PreTrainedModel") -> dict[str, dict[str, float]]:
+        samples, seqlen = self._calibration_windows.shape
+        job = Job(
+            dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            samples=samples,
+            seqlen=seqlen,
+            batch_size=self.batch_size,
+            method=self.method,
+            pattern=self.pattern.name,
+            sparsity=self.pattern.sparsity,
+            config=self.config,
+            offload=self.offload,
+            eval_windows=0,
+        )
+        return predict_pruning(model, job)
 
     def _count_seconds(self, phase: str) -> None:
         self.summary.seconds[phase] = self.summary.seconds.pop(phase, 0.0) + time.perf_counter() - self._started

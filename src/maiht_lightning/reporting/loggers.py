@@ -73,6 +73,9 @@ def finish_pruning(loggers: Sequence[Logger], summary: Summary, records: list[La
             **{f"seconds/{phase}": seconds for phase, seconds in summary.seconds.items()},
             "peak_memory_bytes": float(summary.peak_memory_bytes),
         }
+        for phase, found in summary.predicted.items():
+            metrics[f"predicted/{phase}_seconds"] = found["seconds"]
+            metrics[f"tflops/{phase}"] = found["flops"] / summary.seconds[phase] / 1e12
         logger.log_metrics(metrics, step=global_step)
         if isinstance(logger, WandbLogger):
             logger.log_table("prune/layers", columns=list(LAYER_COLUMNS), data=layer_rows(records))

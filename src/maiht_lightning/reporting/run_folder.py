@@ -30,6 +30,8 @@ class Summary:
             value}}, "mean_accuracy": fraction}`.
         seconds: Wall-clock time of `fit`, `capture`, `solve` and `evaluate`.
         peak_memory_bytes: Highest GPU memory of the process, or its highest resident memory without a GPU.
+        predicted: For runs with a logger, by phase (`capture`, `solve`) what `maiht estimate` makes of this machine:
+            `seconds`, `flops` and `device_bytes`.
     """
 
     method: str
@@ -39,6 +41,7 @@ class Summary:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    predicted: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write `summary.json`, whole or not at all."""

@@ -18,6 +18,9 @@ def print_run(summary: Summary, records: list[LayerRecord], folder: str) -> None
     console.print(_kinds(records))
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary.seconds.items())
     console.print(f"Time: {seconds}. Peak memory: {summary.peak_memory_bytes / 2**30:.1f} GiB.")
+    if summary.predicted:
+        seconds = ", ".join(f"{name} {found['seconds']:.0f} s" for name, found in summary.predicted.items())
+        console.print(f"Predicted for this machine: {seconds}.")
     console.print(f"Files: {folder} (report.html to look at; model/ loads with from_pretrained)", soft_wrap=True)
 
 
