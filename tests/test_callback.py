@@ -101,6 +101,7 @@ def test_without_output_dir_a_fresh_folder_is_made_each_time(module, text, tmp_p
     assert len(list(tmp_path.glob("runs/*/model/config.json"))) == 2
 
 
+@pytest.mark.slow
 def test_csv_logger_gets_blocks_and_stages(module, text, tmp_path):
     logger = CSVLogger(tmp_path / "csv")
     trainer(pruning(tmp_path), logger=logger).fit(module)
@@ -156,6 +157,7 @@ def test_a_logger_that_fails_costs_nothing(module, text, tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_several_loggers_at_once(module, text, tmp_path):
     import wandb
 

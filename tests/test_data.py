@@ -500,6 +500,7 @@ def test_datamodule_feeds_a_trainer(tmp_path):
     assert {batch.dtype for batch in model.batches["fit"]} == {torch.long}
 
 
+@pytest.mark.slow
 def test_the_seed_orders_the_batches(tmp_path):
     from lightning.pytorch import seed_everything
 
@@ -541,6 +542,7 @@ def test_without_any_tokenizer_the_error_says_what_to_do(tmp_path):
         PythonDocsDataModule().setup("fit")
 
 
+@pytest.mark.slow
 def test_a_named_tokenizer_wins_over_the_models(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     data = PythonDocsDataModule(seqlen=100, tokenizer=str(tmp_path / "tokenizer"))

@@ -278,7 +278,8 @@ def test_maiht_prune_with_two_processes_as_with_one(tiny_folder, local_data, tmp
     command = [sys.executable, "-m", "maiht_lightning.cli", "prune", *options, "--output_dir"]
     for name, more in (("one", []), ("two", several)):
         run = [*command, name, *more]
-        done = subprocess.run(run, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        environment = ENVIRONMENT | {"MAIHT_DATA_DIR": str(local_data)}
+        done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (LlamaForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("one", "two"))
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())

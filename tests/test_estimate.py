@@ -135,7 +135,7 @@ def test_the_command_prints_and_writes(config, tmp_path, capsys):
         (["--method", "best"], "method"),
         (["--samples", "0"], "samples"),
         (["--output", "/nowhere/found.json"], "existing folder"),
-        (["--config.memory_budget", "100"], "memory_budget"),
+        (["--gpu", "h100-80gb", "--config.memory_budget", "100"], "memory_budget"),
     ],
 )
 def test_bad_input_is_named(config, options, message, capsys):
@@ -206,7 +206,7 @@ def test_predictions_hold_for_a_real_model(smollm2_gguf, tmp_path):
 
     model = load_model(str(smollm2_gguf))
     # Not all of its blocks, so that it takes less time.
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:20], 20
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:12], 12
     model.save_pretrained(tmp_path / "model")
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(MEASURE))

@@ -211,6 +211,7 @@ def test_files_for_what_there_is(records, tmp_path):
     assert draw_figures(tmp_path, summary(), []) == {}
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_only_to_draw_and_pyplot_never(tmp_path):
     script = f"""
 import sys

@@ -453,22 +453,22 @@ def test_all_tasks_equal_lm_evals_command_line(smollm2_gguf, local_data, tmp_pat
     if missing:
         pytest.skip(f"no local copies of {missing} in {local_data}")
     model, tokenizer = load_model(str(smollm2_gguf)), load_tokenizer(str(smollm2_gguf))
-    model.model.layers = model.model.layers[:6]
-    model.config.num_hidden_layers = 6
+    model.model.layers = model.model.layers[:4]
+    model.config.num_hidden_layers = 4
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "yaml").mkdir()
     write_yamls(tmp_path / "yaml", local_data, PAPER_TASKS)
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}"]
     command += ["--tasks", ",".join(PAPER_TASKS), "--include_path", str(tmp_path / "yaml"), "--device", "cpu"]
-    command += ["--batch_size", "8", "--limit", "50", "--output_path", str(tmp_path / "answer")]
+    command += ["--batch_size", "8", "--limit", "16", "--output_path", str(tmp_path / "answer")]
     threads = torch.get_num_threads()
     with (tmp_path / "log").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         torch.set_num_threads(1)
-        ours = zero_shot(model, tokenizer, load_tasks(PAPER_TASKS), limit=50, batch_size=8, progress=False)
+        ours = zero_shot(model, tokenizer, load_tasks(PAPER_TASKS), limit=16, batch_size=8, progress=False)
         code = process.wait()
     finally:
         torch.set_num_threads(threads)
