@@ -107,7 +107,7 @@ class RunConfig(SaveConfigCallback):
         for settings in logger_settings(config):
             settings.save_dir = "."
         path = Path(trainer.default_root_dir) / "config.yaml"
-        self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=False, skip_validation=True)
+        self.parser.save(config, str(path), skip_unset=False, overwrite=True, multifile=False, skip_validation=True)
         log_settings(trainer.loggers, yaml.safe_load(path.read_text()))
 
 

@@ -105,7 +105,7 @@ def estimate(args: list[str]) -> None:
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for the results.")
     settings = parser.parse_args(args)
     _check_output(settings.output)
-    job = Job(**{name: parser.instantiate_classes(settings)[name] for name in Job.__dataclass_fields__})
+    job = Job(**{name: parser.instantiate(settings)[name] for name in Job.__dataclass_fields__})
     shape = ModelShape.from_source(settings.model)
     device = find_device(settings.gpu, shape.hidden, max(shape.grams))
     found = predict(shape, job, device)
