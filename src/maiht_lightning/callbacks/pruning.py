@@ -24,33 +24,20 @@ from ..data.calibration import CalibrationSource, check_at_least
 from ..estimate.plan import Job
 from ..estimate.run import predict_pruning
 from ..evaluation.settings import Evaluation, Measurement, context_length
-from ..export import save_compact, save_model
 from ..journal import LayerRecord, read_records
 from ..pruner import check_windows, prune
-from ..reporting.environment import environment
-from ..reporting.loggers import (
-    finish_pruning,
-    log_block,
-    log_figures,
-    log_finetuned,
-    log_model,
-    log_stage,
-    start_pruning,
-)
-from ..reporting.run_folder import Summary, fresh_run_folder, write_layers
-from ..reporting.run_report import write_report
-from ..reporting.tables import print_run
+from ..reporting.run_folder import Summary, fresh_run_folder
 from ..solvers import MAIHTConfig, check_method, parse_pattern, resolve_config
 from ..sparsity import count_zeros, measured_sparsity
 from .frozen import FrozenSparsity
 from .language_model import find_language_model, find_tokenizer
+from .run_output import RunOutput
 from .schedule import parse_schedule
 from .trainer import (
     check_reachable,
     check_sharded,
     check_trainer,
     find_callback,
-    peak_memory_bytes,
     process_group,
     quiet_progress_bar,
 )
@@ -294,8 +281,6 @@ class MAIHTPruning(Callback):
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do the last shot: measure, prune, save, measure again; needs `prepare` before."""
-        assert self.output_dir is not None  # set by `prepare`
-        step = trainer.global_step
         self.done = len(self.shots) - 1
         report = self._shoot(trainer, pl_module)
         # Saved first: whatever goes wrong after this, the pruned model is on disk.
@@ -305,33 +290,24 @@ class MAIHTPruning(Callback):
         if trainer.loggers and trainer.world_size == 1:
             self.summary.predicted = self._predict(find_language_model(pl_module, self.model))
         self._measure("pruned", trainer, pl_module)
-        if trainer.is_global_zero:
-            write_layers(self.output_dir, report.layers)
-            finish_pruning(trainer.loggers, self.summary, report.layers, step)
-            self._write_report(trainer, report.layers)
+        self._output(trainer).finish_pruning(report.layers)
         self._settle(pl_module, trainer, back=True)
 
     def _shoot(self, trainer: Trainer, pl_module: LightningModule) -> PruningReport:
         """Do the next shot, with the stage `dense` before the first."""
-        assert self.output_dir is not None  # set by `prepare`
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        model, step, pattern = find_language_model(pl_module, self.model), trainer.global_step, self.patterns[self.done]
+        model, pattern = find_language_model(pl_module, self.model), self.patterns[self.done]
+        output = self._output(trainer)
         # Gradients are of no more use, and as large as the model.
         pl_module.zero_grad(set_to_none=True)
         self._settle(pl_module, trainer)
         if "dense" not in self.summary.stages:
-            described = {"class": type(model).__name__, "name_or_path": model.config.name_or_path}
-            settings = {"pruned_model": described, "pruned_with": self._settings(), "environment": environment()}
-            if trainer.is_global_zero:
-                start_pruning(trainer.loggers, settings)
+            output.begin(model)
             if self.save_dense:
                 self._save(trainer, pl_module, "model_dense")
             self._measure("dense", trainer, pl_module)
         is_last, frozen = self.done + 1 == len(self.shots), find_callback(trainer, FrozenSparsity)
         has_frozen = frozen is not None and frozen.frozen is not None
-        journal = self.output_dir / (
-            "journal" if is_last else f"journal_{self.shots[self.done].name.replace(':', '_')}"
-        )
+        journal = "journal" if is_last else f"journal_{self.shots[self.done].name.replace(':', '_')}"
         with trainer.precision_plugin.forward_context():
             report = prune(
                 model,
@@ -340,12 +316,10 @@ class MAIHTPruning(Callback):
                 pattern=pattern.name,
                 method=self.method,
                 config=replace(self.config, keep_zeros=self.config.keep_zeros or has_frozen),
-                journal_dir=journal,
+                journal_dir=output.folder / journal,
                 batch_size=self.batch_size,
                 # Of several shots, W&B has room for one set of curves over the blocks.
-                on_block=(lambda records: log_block(trainer.loggers, records, step))
-                if is_last and trainer.is_global_zero
-                else None,
+                on_block=output.block_logger() if is_last else None,
                 device=trainer.strategy.root_device,
                 hidden_states=self.hidden_states,
                 process_group=process_group(trainer),
@@ -353,7 +327,7 @@ class MAIHTPruning(Callback):
         seconds = self.summary.seconds
         for phase, value in (("capture", report.capture_seconds), ("solve", report.solve_seconds)):
             seconds[phase] = seconds.pop(phase, 0.0) + value
-        self.done, self._pruned_step = self.done + 1, step
+        self.done, self._pruned_step = self.done + 1, trainer.global_step
         return report
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -365,8 +339,7 @@ class MAIHTPruning(Callback):
                 else:
                     sparsity = self._shoot(trainer, pl_module).sparsity
                     self._settle(pl_module, trainer, back=True)
-                    if trainer.is_global_zero:
-                        log_stage(trainer.loggers, "pruned", {"sparsity": sparsity}, trainer.global_step)
+                    self._output(trainer).log("pruned", {"sparsity": sparsity})
             frozen = find_callback(trainer, FrozenSparsity)
             assert frozen is not None  # added in `setup`
             frozen.freeze(trainer, pl_module)
@@ -375,32 +348,19 @@ class MAIHTPruning(Callback):
 
     def _finish_finetuning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and measure the model after it was trained on with its zeros frozen."""
-        assert self.output_dir is not None  # set by `prepare`
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         self._save(trainer, pl_module, "model_finetuned")
         model = find_language_model(pl_module, self.model)
         self.summary.measured_sparsity = measured_sparsity(count_zeros(model))
         self._measure("finetuned", trainer, pl_module)
-        if trainer.is_global_zero:
-            log_finetuned(trainer.loggers, self.summary, trainer.global_step)
-            self._write_report(trainer, [] if self.report is None else self.report.layers)
+        self._output(trainer).finish_finetuning([] if self.report is None else self.report.layers)
 
-    def _write_report(self, trainer: Trainer, records: list[LayerRecord]) -> None:
+    def _output(self, trainer: Trainer) -> RunOutput:
         assert self.output_dir is not None  # set by `prepare`
-        figures = write_report(self.output_dir, self.summary, records, self._settings())
-        log_figures(trainer.loggers, figures, trainer.global_step)
-        if self.compact:
-            log_model(trainer.loggers, self.output_dir / "model_compact")
-        print_run(self.summary, records, str(self.output_dir))
+        return RunOutput(self.output_dir, trainer, self.summary, self._settings(), self.compact)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        """Save the model, and unless it is the dense one its compact files; by all processes, of which one writes."""
-        assert self.output_dir is not None  # set by `prepare`
         model = find_language_model(pl_module, self.model)
-        tokenizer = find_tokenizer(pl_module, model, self.tokenizer)
-        save_model(model, self.output_dir / name, tokenizer, writes=trainer.is_global_zero)
-        if self.compact and name != "model_dense" and trainer.is_global_zero:
-            save_compact(model, self.output_dir / "model_compact", tokenizer=tokenizer)
+        self._output(trainer).save(model, find_tokenizer(pl_module, model, self.tokenizer), name)
 
     def _settle(self, pl_module: LightningModule, trainer: Trainer, *, back: bool = False) -> None:
         """With `offload: cpu`, move the model to host memory before the work on it, and back afterwards."""
@@ -408,9 +368,7 @@ class MAIHTPruning(Callback):
             pl_module.to(trainer.strategy.root_device if back and trainer.state.fn == TrainerFn.FITTING else "cpu")
 
     def _measure(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.output_dir is not None  # set by `prepare`
-        assert self._measurement is not None
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        assert self._measurement is not None  # set by `prepare`
         start = time.perf_counter()
         model = find_language_model(pl_module, self.model)
         with trainer.precision_plugin.forward_context():
@@ -423,11 +381,7 @@ class MAIHTPruning(Callback):
             )
         seconds = self.summary.seconds
         seconds["evaluate"] = seconds.pop("evaluate", 0.0) + time.perf_counter() - start
-        self.summary.stages[stage] = found
-        self.summary.peak_memory_bytes = peak_memory_bytes()
-        if trainer.is_global_zero:
-            self.summary.write(self.output_dir)
-            log_stage(trainer.loggers, stage, found, trainer.global_step)
+        self._output(trainer).add_stage(stage, found)
 
     def _predict(self, model: "PreTrainedModel") -> dict[str, dict[str, float]]:
         samples, seqlen = self._calibration_windows.shape
