@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..solvers.precision import float32_products
+
 GIB = 2.0**30
 TERA = 1e12
 
@@ -88,8 +90,10 @@ def measure(width: int, inner: int) -> Device:
 
         place, link = torch.device("cpu"), float("inf")
         memory, base = float(psutil.virtual_memory().total), float(psutil.Process().memory_info().rss)
-    single = _rate_of_products(place, torch.float32, width, inner)
-    with _tf32_allowed():
+    # Whatever the process has set for its own products.
+    with float32_products(tf32=False):
+        single = _rate_of_products(place, torch.float32, width, inner)
+    with float32_products(tf32=True):
         tf32 = _rate_of_products(place, torch.float32, width, inner)
     return Device(
         name="local",
@@ -102,15 +106,6 @@ def measure(width: int, inner: int) -> Device:
         link=link,
         base=base,
     )
-
-
-class _tf32_allowed:
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
 
 
 def _rate_of_products(place: torch.device, dtype: torch.dtype, width: int, inner: int) -> float:
