@@ -9,6 +9,9 @@ import pytest
 # Before transformers and datasets are imported: no test talks to the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported, and inherited by subprocesses. OpenMP's threads wait at barriers by spinning: beside work
+# that uses all cores they spin for whole time slices, and a small layer takes fifty times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 ROOT = Path(__file__).parents[1]
 
