@@ -31,6 +31,7 @@ from maiht_lightning.data.python_docs import PythonDocsCalibration
 from maiht_lightning.loading import load_model, load_tokenizer
 from maiht_lightning.solvers import METHODS, admm
 from maiht_lightning.solvers.maiht import step_size
+from maiht_lightning.solvers.patterns import zeros_of
 from maiht_lightning.solvers.precision import float32_products
 from maiht_lightning.solvers.problem import scale_gram
 
@@ -90,7 +91,7 @@ def naive_maiht(weight: Tensor, gram: Tensor, sparsity: float, config: MAIHTConf
         plain = threshold(now - step * gradient(now))
         before, now = now, fast if objective(fast) <= objective(plain) else plain
         t_before, t = t, (1 + (1 + 4 * t**2) ** 0.5) / 2
-    keep = dense.numel() - int(sparsity * dense.numel())
+    keep = dense.numel() - zeros_of(sparsity, dense.numel())
     mask = torch.zeros(dense.numel(), dtype=torch.bool, device=dense.device)
     mask[now.abs().flatten().sort(descending=True).indices[:keep]] = True
     mask = mask.view_as(dense)

@@ -7,7 +7,9 @@ entries is kept: one unit a layer (`unstructured`), one a row (`row`), or one fo
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ class Pattern:
         if self.group:
             return self.keep
         size = shape[1] if self.by_row else shape[0] * shape[1]
-        return size - int(self.sparsity * size)
+        return size - zeros_of(self.sparsity, size)
 
     def units(self, matrix: Tensor) -> Tensor:
         """View (out, in) as (units, entries of a unit)."""
@@ -84,10 +86,13 @@ def parse_pattern(pattern: str, sparsity: float) -> Pattern:
     Raises:
         ValueError: Naming the argument that is wrong, what was expected and what was found.
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+    is_number = isinstance(sparsity, int | float | np.floating) and not isinstance(sparsity, bool)
+    if not is_number or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the fraction of zeros, at least 0 and below 1, but found {sparsity!r}")
+    # The decimal that was written: NumPy's float32 of 0.29 is 0.28999999 as a Python float.
+    sparsity = float(str(sparsity))
     if pattern in ("unstructured", "row"):
-        return Pattern(pattern, float(sparsity))
+        return Pattern(pattern, sparsity)
     match = re.fullmatch(r"([0-9]+):([0-9]+)", pattern) if isinstance(pattern, str) else None
     if match is None:
         raise ValueError(f"pattern must be 'unstructured', 'row' or 'N:M' such as '2:4', but found {pattern!r}")
@@ -106,6 +111,18 @@ def parse_pattern(pattern: str, sparsity: float) -> Pattern:
             f"leave the sparsity out or change the pattern"
         )
     return Pattern(pattern, implied, keep, group)
+
+
+def zeros_of(sparsity: float, size: int) -> int:
+    """Zeros among `size` entries: floor(sparsity · size) for the decimal that was written.
+
+    A binary fraction is a little off that decimal, and a product with it is rounded, so that `int(0.29 * 100)` is 28.
+
+    Example:
+        >>> zeros_of(0.29, 100)
+        29
+    """
+    return int(Fraction(str(sparsity)) * size)
 
 
 def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
