@@ -77,7 +77,7 @@ def tokenizer(smollm2_gguf):
     return AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama(request):
     """A function that makes a small LlamaForCausalLM with seeded random weights, in eval mode.
 
@@ -110,6 +110,14 @@ def tiny_llama(request):
 
 
 @pytest.fixture(scope="session")
+def sharp_llama(tiny_llama):
+    """A function like `tiny_llama`: its model knows the language of `sharp_model`, so that perplexities tell much."""
+    from sharp_model import VOCABULARY, sharpen
+
+    return lambda seed=0, **config: sharpen(tiny_llama(vocab_size=VOCABULARY, seed=seed, **config), seed)
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tokenizer, tmp_path_factory):
     """A tiny LLaMA with SmolLM2's vocabulary and tokenizer, as a Hugging Face folder."""
     import torch
@@ -135,11 +143,10 @@ def tiny_folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def text(monkeypatch):
-    """Evaluation windows without a tokenizer."""
-    import torch
-
+    """Evaluation windows without a tokenizer, in the language of `sharp_model`."""
     from maiht_lightning.evaluation.settings import Evaluation, Measurement
+    from sharp_model import language
 
-    windows = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(2))
+    windows = language(4, 32, seed=2)
     monkeypatch.setattr(Evaluation, "load", lambda self, *_: Measurement(self, {"random": windows}, {}))
     return windows

@@ -9,6 +9,7 @@ from torch import nn
 
 from maiht_lightning.evaluation import perplexity as module
 from maiht_lightning.evaluation.perplexity import Perplexity, perplexity, token_losses
+from sharp_model import language, perplexity_by_definition
 
 
 def reference_losses(logits, targets):
@@ -140,26 +141,37 @@ def test_docstring_example():
     assert doctest.testmod(module).failed == 0
 
 
-WINDOWS = torch.randint(64, (5, 12), generator=torch.Generator().manual_seed(0))
+WINDOWS = language(5, 12)
 
 
-def test_perplexity_of_a_model_equals_a_plain_loop(tiny_llama):
-    model = tiny_llama(vocab_size=64)
-    losses = []
-    for window in WINDOWS:
-        with torch.no_grad():
-            logits = model(window[None]).logits
-        losses.append(reference_losses(logits[:, :-1], window[None, 1:]).mean())
-    expected = torch.stack(losses).mean().exp().item()
+def test_perplexity_of_a_model_equals_a_plain_loop(sharp_llama):
+    model = sharp_llama()
+    expected = perplexity_by_definition(model, WINDOWS)
     for batch_size in (1, 2, 5, 9):
         found = perplexity(model, WINDOWS, batch_size=batch_size, progress=False)
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_perplexity_of_a_half_precision_model(tiny_llama):
-    exact = perplexity(tiny_llama(vocab_size=64), WINDOWS, progress=False)
-    half = perplexity(tiny_llama(vocab_size=64).bfloat16(), WINDOWS, progress=False)
-    assert half == pytest.approx(exact, rel=0.02)
+def test_perplexity_of_this_model_tells_what_was_measured(sharp_llama):
+    """So that tests which compare perplexities of such a model test something."""
+    model = sharp_llama()
+    assert perplexity_by_definition(model, WINDOWS) < 12
+    logits = model(input_ids=WINDOWS).logits
+    misaligned = Perplexity()
+    misaligned.update(logits[:, :-2], WINDOWS[:, 2:])
+    assert misaligned.compute().item() > 1000
+    for part in (WINDOWS[:, :-1], WINDOWS[:, 1:], WINDOWS[1:], WINDOWS[:-1]):
+        assert perplexity_by_definition(model, part) != pytest.approx(perplexity_by_definition(model, WINDOWS), rel=0.1)
+
+
+def test_perplexity_of_a_half_precision_model(sharp_llama):
+    model = sharp_llama()
+    expected = perplexity_by_definition(model, WINDOWS)
+    model.bfloat16()
+    # The definition in float64 of what this model says; and what bfloat16's three digits make of the true model.
+    found = perplexity(model, WINDOWS, batch_size=2, progress=False)
+    assert found == pytest.approx(perplexity_by_definition(model, WINDOWS), rel=1e-3)
+    assert found == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("fails", [False, True])
