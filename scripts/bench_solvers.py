@@ -29,6 +29,7 @@ from maiht_lightning import C4Calibration, MAIHTConfig, prune_layer
 from maiht_lightning.capture import accumulate_grams, advance, evaluation_mode, find_blocks, find_linears, record_inputs
 from maiht_lightning.data.python_docs import PythonDocsCalibration
 from maiht_lightning.loading import load_model, load_tokenizer
+from maiht_lightning.reporting.environment import environment
 from maiht_lightning.solvers import METHODS, admm
 from maiht_lightning.solvers.maiht import step_size
 from maiht_lightning.solvers.patterns import zeros_of
@@ -239,10 +240,9 @@ def main() -> None:
         )
     Console(width=120).print(table)
     if args.json:
-        settings = {key: str(value) for key, value in vars(args).items()}
-        args.json.write_text(
-            json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=2) + "\n"
-        )
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        found = {"settings": settings, "environment": environment(), "rows": rows}
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 Perplexity on WikiText-2 and the seven zero-shot tasks, dense and pruned, nothing fine-tuned. Every pruning is a run in
 a folder of its own, `OUTPUT_DIR/SETTING-METHOD-SEED`. Started again with the same `--output_dir`, the script goes on
-where it was: finished runs are not repeated, and an unfinished one goes on in its journal.
+where it was: finished runs are not repeated, and an unfinished one goes on in its journal. At the end all figures stand
+in `OUTPUT_DIR/results.json`, of which `scripts/render_docs.py` makes the tables in the documentation.
 
-    python scripts/reproduce_paper.py                     # LLaMA-7B, one 80 GB GPU
-    python scripts/reproduce_paper.py --preset smollm2    # SmolLM2-135M on a CPU, hours
+    python scripts/reproduce_paper.py                             # LLaMA-7B, one 80 GB GPU
+    python scripts/reproduce_paper.py --preset smollm2 --tasks    # SmolLM2-135M on a CPU, hours; no tasks
 """
 
 import argparse
@@ -27,9 +28,10 @@ from maiht_lightning.evaluation.settings import Evaluation, Measurement
 from maiht_lightning.evaluation.zero_shot import PAPER_TASKS
 from maiht_lightning.loading import load_model, load_tokenizer
 from maiht_lightning.reporting.compare import comparison, write_comparison
+from maiht_lightning.reporting.environment import environment
 from maiht_lightning.reporting.run_folder import Summary, write_layers
 from maiht_lightning.reporting.run_report import write_report
-from maiht_lightning.reporting.runs import read_run
+from maiht_lightning.reporting.runs import Run, read_run
 from maiht_lightning.solvers import check_method, parse_pattern
 
 
@@ -122,35 +124,74 @@ def main() -> None:
         sys.exit(f"{folder} holds an experiment with other settings ({shared}): choose another --output_dir")
     shared.write_text(json.dumps(common, indent=2) + "\n")
 
-    tokenizer = load_tokenizer(source)
-    model = load_model(source, getattr(torch, preset.dtype)).eval().to(args.device)
-    weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-    measurement = evaluation.load(model, tokenizer)
-    windows = {
-        seed: C4Calibration(chosen("samples"), seqlen, preset.sampling, seed).windows(tokenizer, seqlen)
-        for seed in args.seeds
-    }
-
-    dense_file = folder / "dense.json"
-    if not dense_file.exists():
-        console.rule("dense")
-        dense_file.write_text(json.dumps(measurement.measure(model, tokenizer, stage="dense"), indent=2) + "\n")
-    dense = json.loads(dense_file.read_text())
-
     runs = [(setting, method, seed) for seed in args.seeds for setting in args.settings for method in args.methods]
     folders = [folder / f"{setting.replace(':', 'of')}-{method}-{seed}" for setting, method, seed in runs]
-    for number, ((setting, method, seed), run) in enumerate(zip(runs, folders, strict=True), start=1):
-        if (run / "summary.json").exists():
-            continue
-        console.rule(f"{number} of {len(runs)}: {method}, {setting}, seed {seed}")
-        pattern, sparsity = pattern_of(setting, method, args.wanda_pattern)
-        summary = Summary(method, sparsity, pattern, stages={"dense": dense})
-        model.load_state_dict(weights)
-        one_run(run, model, tokenizer, windows[seed], measurement, summary, {**common, "seed": seed}, preset.batch_size)
+    missing = [number for number, run in enumerate(folders) if not (run / "summary.json").exists()]
+    if missing or not (folder / "dense.json").exists():
+        note_environment(folder)
+        tokenizer = load_tokenizer(source)
+        model = load_model(source, getattr(torch, preset.dtype)).eval().to(args.device)
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        measurement = evaluation.load(model, tokenizer)
+        windows = {
+            seed: C4Calibration(chosen("samples"), seqlen, preset.sampling, seed).windows(tokenizer, seqlen)
+            for seed in args.seeds
+        }
+        if not (folder / "dense.json").exists():
+            console.rule("dense")
+            dense = measurement.measure(model, tokenizer, stage="dense")
+            (folder / "dense.json").write_text(json.dumps(dense, indent=2) + "\n")
+        dense = json.loads((folder / "dense.json").read_text())
+        for number in missing:
+            setting, method, seed = runs[number]
+            console.rule(f"{number + 1} of {len(runs)}: {method}, {setting}, seed {seed}")
+            pattern, sparsity = pattern_of(setting, method, args.wanda_pattern)
+            summary = Summary(method, sparsity, pattern, stages={"dense": dense})
+            model.load_state_dict(weights)
+            settings = {**common, "seed": seed}
+            one_run(folders[number], model, tokenizer, windows[seed], measurement, summary, settings, preset.batch_size)
 
     finished = [read_run(run) for run in folders]
+    results = {**described(folder), "runs": [figures(*which, run) for which, run in zip(runs, finished, strict=True)]}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     console.print(f"Report: {write_comparison(folder / 'report', finished)}")
+    console.print(f"Figures: {folder / 'results.json'}")
     print(comparison(finished).markdown())
+
+
+def note_environment(folder: Path) -> None:
+    """Add this start's versions and machine to `environments.json`: an experiment may go on with others."""
+    path = folder / "environments.json"
+    known = json.loads(path.read_text()) if path.exists() else []
+    if environment() not in known:
+        path.write_text(json.dumps([*known, environment()], indent=2) + "\n")
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What an experiment's runs share: settings, versions, the dense model's figures; no paths of this machine."""
+    settings = json.loads((folder / "experiment.json").read_text())
+    model = Path(settings.pop("model"))
+    return {
+        # A name on the hub has a slash in it, too.
+        "model": model.name if model.exists() else str(model),
+        "settings": settings,
+        "environments": json.loads((folder / "environments.json").read_text()),
+        "dense": json.loads((folder / "dense.json").read_text()),
+    }
+
+
+def figures(setting: str, method: str, seed: int, run: Run) -> dict[str, Any]:
+    """The figures of a finished run."""
+    return {
+        "setting": setting,
+        "method": method,
+        "seed": seed,
+        "pattern": run.summary.pattern,
+        "sparsity": run.summary.sparsity,
+        "measured_sparsity": run.summary.measured_sparsity,
+        "mean_relative_error": run.mean_relative_error,
+        **run.summary.stages["pruned"],
+    }
 
 
 def one_run(
