@@ -98,7 +98,7 @@ def test_settled_courses_stop_early(method, pattern):
     full = prune_layer(weight, gram, pattern=pattern, method=method, config=MAIHTConfig(**long))
     assert len(full.objective) == 601  # without a tolerance never
     early = prune_layer(weight, gram, pattern=pattern, method=method, config=MAIHTConfig(**long, tolerance=1e-3))
-    assert len(early.objective) < 400
+    assert len(early.objective) < 300  # neither the thresholding nor the refining alone has run to its end
     assert early.mask.sum() == full.mask.sum()
     assert early.relative_error < 1.02 * full.relative_error
     # The course is the same one, only shorter, up to where the final support is taken.
