@@ -1,0 +1,174 @@
+"""Write the tables and the figure of the documentation from the committed results in `docs/results/`.
+
+    python scripts/render_docs.py
+
+In README.md and docs/results.md a table stands between `<!-- table NAME -->` and `<!-- end -->`; whatever is between is
+replaced. A table whose results are not there says so. Where the results come from is said beside each table.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from maiht_lightning.reporting.compare import draw_comparison
+from maiht_lightning.reporting.formats import method_name, perplexity
+from maiht_lightning.reporting.run_folder import Summary
+from maiht_lightning.reporting.runs import Run
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/results.md")
+RESULTS = ROOT / "docs" / "results"
+FIGURE = ROOT / "docs" / "results-perplexity.png"
+SHORT = ("0.5", "0.7", "2:4")
+TASKS = {
+    "boolq": "BoolQ",
+    "rte": "RTE",
+    "hellaswag": "HellaSwag",
+    "winogrande": "WinoGrande",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "openbookqa": "OBQA",
+}
+
+
+def table(headings: list[str], rows: list[list[str]], texts: int) -> str:
+    """A Markdown table, whose first columns hold texts and the others numbers."""
+    rules = ["---"] * texts + ["---:"] * (len(headings) - texts)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, rules, *rows])
+
+
+def named(setting: str) -> str:
+    return setting if ":" in setting else f"{100 * float(setting):g} %"
+
+
+def methods(found: dict[str, Any], settings: tuple[str, ...] | None = None) -> str:
+    """A row a run: perplexity, accuracies where there are any, and the layers' mean relative error."""
+    tasks = [task for task in TASKS if task in found["dense"].get("tasks", {})]
+
+    def cells(stage: dict[str, Any]) -> list[str]:
+        accuracies = [f"{100 * stage['tasks'][task]['acc']:.1f}" for task in tasks]
+        mean = [f"{100 * stage['mean_accuracy']:.1f}"] if tasks else []
+        return [perplexity(stage["perplexity"]["wikitext2"]), *accuracies, *mean]
+
+    headings = ["setting", "method", "perplexity", *(TASKS[task] for task in tasks), *["mean"][: len(tasks)]]
+    rows = [["dense", "", *cells(found["dense"]), ""]]
+    for run in found["runs"]:
+        if settings is None or run["setting"] in settings:
+            label = [named(run["setting"]), method_name(run["method"])]
+            rows.append([*label, *cells(run), f"{run['mean_relative_error']:.4f}"])
+    return table([*headings, "relative error"], rows, 2)
+
+
+def ratios(found: dict[str, Any]) -> str:
+    """A row a setting: mAIHT's perplexity divided by that of each other method."""
+    value = {(run["setting"], run["method"]): run["perplexity"]["wikitext2"] for run in found["runs"]}
+    others = [name for name in dict.fromkeys(run["method"] for run in found["runs"]) if name != "maiht"]
+    settings = list(dict.fromkeys(run["setting"] for run in found["runs"]))
+    rows = [
+        [named(setting), *(f"{value[setting, 'maiht'] / value[setting, other]:.3f}" for other in others)]
+        for setting in settings
+        if all((setting, method) in value for method in [*others, "maiht"])
+    ]
+    return table(["mAIHT's perplexity by that of", *map(method_name, others)], rows, 1)
+
+
+def speed(found: dict[str, Any]) -> str:
+    """A row a layer and method: time by that of the bare products."""
+    rows = [
+        [
+            row["layer"],
+            f"{row['shape'][0]} × {row['shape'][1]}",
+            f"{found['settings']['iterations']} + {found['settings']['refine_iterations']}",
+            method_name(row["method"]),
+            f"{row['times_bare_products']:.2f}",
+            f"{row['relative_error']:.4f}",
+        ]
+        for row in found["rows"]
+    ]
+    headings = ["layer", "out × in", "mAIHT's iterations", "method", "time by bare products", "relative error"]
+    return table(headings, rows, 4)
+
+
+def frozen(found: dict[str, Any]) -> str:
+    settings, results = found["settings"], found["results"]
+    row = [
+        settings["model"],
+        f"{settings['batch_size']} × {settings['seqlen']}",
+        f"{results['frozen_weights']:,}",
+        f"{100 * results['share_of_a_step']:.1f}",
+    ]
+    return table(["model", "tokens a step", "frozen weights", "masking, % of a step"], [row], 1)
+
+
+def recovery(found: dict[str, Any]) -> str:
+    labels = {"text": "loss of the text alone", "distillation": "half of the loss the divergence from the dense model"}
+    rows = [
+        [labels[name], *(perplexity(run[stage]["wikitext2"]) for stage in ("dense", "pruned", "finetuned"))]
+        for name, run in found.items()
+    ]
+    return table(["", "dense, as fine-tuned", "pruned", "trained on with the zeros frozen"], rows, 1)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "methods": ("smollm2.json", methods),
+    "methods-short": ("smollm2.json", lambda found: methods(found, SHORT)),
+    "ratios": ("smollm2.json", ratios),
+    "solver-speed": ("solver_speed.json", speed),
+    "solver-speed-large": ("solver_speed_large.json", speed),
+    "frozen": ("frozen.json", frozen),
+    "recovery": ("recovery.json", recovery),
+}
+
+
+def rendered(text: str) -> str:
+    """A page with its tables as the results have them."""
+
+    def fill(match: re.Match[str]) -> str:
+        file, make = TABLES[match[1]]
+        path = RESULTS / file
+        content = make(json.loads(path.read_text())) if path.exists() else "*Not measured yet with this version.*"
+        return f"<!-- table {match[1]} -->\n\n{content}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([\w-]+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def as_runs(found: dict[str, Any]) -> list[Run]:
+    """The results as the runs from which they were taken, as far as a figure needs them."""
+    runs = []
+    for run in found["runs"]:
+        stages = {"dense": found["dense"], "pruned": {"perplexity": run["perplexity"]}}
+        summary = Summary(run["method"], run["sparsity"], run["pattern"], run["measured_sparsity"], stages)
+        name = Path(f"{run['setting']}-{run['method']}-{run['seed']}")
+        runs.append(Run(name, summary, run["mean_relative_error"], {}, (str(run["seed"]),)))
+    return runs
+
+
+def digest(found: dict[str, Any]) -> str:
+    """Of what a figure shows; stands in its file, so that it can be seen to belong to the results."""
+    shown = [found["dense"]["perplexity"]]
+    shown += [[run["setting"], run["method"], run["seed"], run["perplexity"]] for run in found["runs"]]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+
+
+def main() -> None:
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    if (RESULTS / "smollm2.json").exists():
+        from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
+
+        found = json.loads((RESULTS / "smollm2.json").read_text())
+        draw_comparison(FIGURE, as_runs(found))
+        note = PngInfo()
+        note.add_text("results", digest(found))
+        with Image.open(FIGURE) as image:
+            image.load()
+        image.save(FIGURE, pnginfo=note)
+
+
+if __name__ == "__main__":
+    main()
