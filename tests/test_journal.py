@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def make(tiny_llama):
     """Makes the same small model each time."""
 
     def new(**settings):
-        return tiny_llama(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, **settings)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+        return tiny_llama(vocab_size=64, **{**sizes, **settings})
 
     return new
 
@@ -102,32 +104,12 @@ def test_resumed_is_as_uninterrupted(make, solved, tmp_path, fails_in, fresh, dt
     assert list(tmp_path.iterdir()) == [tmp_path / "journal"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"sparsity": 0.6},
-        {"pattern": "row"},
-        {"method": "sparsegpt"},
-        {"config": "MAIHTConfig"},
-        {"windows": WINDOWS.flip(0)},
-        {"model": 1},
-        {"model": "norm"},
-    ],
-    ids="-".join,
-)
-def test_another_prunings_journal_is_moved_aside_whole(make, solved, tmp_path, change, caplog):
+def test_another_prunings_journal_is_moved_aside_whole(make, solved, tmp_path, caplog):
     folder = tmp_path / "journal"
     run(make(), folder, method="wanda")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    model, solved.groups = make(), 0
-    if "model" in change and change["model"] == 1:
-        model.model.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
-    elif "model" in change:
-        model.model.norm.weight.data[3] += 1e-3
-    settings = {"method": "wanda"} | {key: value for key, value in change.items() if key != "model"}
-    if "config" in settings:
-        settings["config"] = MAIHTConfig(iterations=51)
-    run(model, folder, **settings)
+    solved.groups = 0
+    run(make(), folder, method="wanda", sparsity=0.6)
     assert solved.groups == 16
     moved = tmp_path / "journal.1"
     assert {path.name: path.read_bytes() for path in moved.iterdir()} == before
@@ -138,6 +120,91 @@ def test_another_prunings_journal_is_moved_aside_whole(make, solved, tmp_path, c
     assert solved.groups == 16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["journal", "journal.1", "journal.2"]
     assert {path.name: path.read_bytes() for path in moved.iterdir()} == before
+
+
+# For each setting of the solver another value; those that must not matter are in the test after the next.
+CONFIG = {
+    "mu": 0.2,
+    "iterations": 3,
+    "refine_iterations": 2,
+    "step_scale": 0.9,
+    "precision": "float64",
+    "tolerance": 0.1,
+    "keep_zeros": True,
+}
+BASE = {"sparsity": 0.5, "pattern": "row", "method": "wanda", "config": MAIHTConfig()}
+
+
+def test_every_setting_of_the_solver_is_looked_at():
+    assert {field.name for field in fields(MAIHTConfig)} == CONFIG.keys() | {"memory_budget"}
+
+
+@pytest.mark.parametrize(
+    ("change", "layers"),
+    [
+        ({"sparsity": 0.51}, {}),
+        ({"sparsity": 0.5 + 2**-30}, {}),
+        ({"pattern": "unstructured"}, {}),
+        ({"pattern": "2:4"}, {}),
+        ({"method": "magnitude"}, {}),
+        *(({"config": replace(BASE["config"], **{name: value})}, {}) for name, value in CONFIG.items()),
+        ({"windows": WINDOWS.flip(0)}, {}),
+        ({"windows": WINDOWS.view(3, 16)}, {}),
+        ({"windows": WINDOWS[:3]}, {}),
+        ({"windows": (WINDOWS + 1) % 64}, {}),
+        ({}, {"model.layers.1.mlp.up_proj": lambda w: w[5, 5].add_(1e-6)}),
+        ({}, {"model.layers.1.mlp.up_proj": lambda w: w.copy_(w.flip(0))}),
+        ({}, {"model.layers.0.self_attn.k_proj": lambda w: w.copy_(w.flip(1))}),
+        ({}, {"model.norm": lambda w: w[3].add_(1e-6)}),
+        ({}, {"model.embed_tokens": lambda w: w.copy_(w[torch.randperm(64)])}),
+        ({}, {"lm_head": lambda w: w.copy_(w.roll(1))}),
+    ],
+)
+def test_what_decides_the_result_makes_it_another_pruning(make, solved, tmp_path, change, layers):
+    """One entry or the order of entries of a weight or of the windows is enough."""
+    folder = tmp_path / "journal"
+    run(make(num_hidden_layers=2), folder, **BASE)
+    model, solved.groups = make(num_hidden_layers=2), 0
+    with torch.no_grad():
+        for path, edit in layers.items():
+            edit(model.get_submodule(path).weight)
+    run(model, folder, **{**BASE, **change})
+    assert solved.groups == 8
+    assert (tmp_path / "journal.1").is_dir()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"config": replace(BASE["config"], memory_budget=10**6)},
+        {"config": "paper"},
+        {"config": None},
+        {"progress": True},
+        {"batch_size": 2},
+        {"hidden_states": "disk"},
+        {"device": "cpu"},
+        {"on_block": lambda records: None},
+    ],
+)
+def test_what_does_not_decide_it_resumes(make, solved, tmp_path, change):
+    folder = tmp_path / "journal"
+    whole = make(num_hidden_layers=2)
+    run(whole, folder, **BASE)
+    (folder / "block_00001.safetensors").unlink()
+    model, solved.groups = make(num_hidden_layers=2), 0
+    prune(model, WINDOWS, journal_dir=folder, **{**BASE, "progress": False, **change})
+    assert solved.groups == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+    same(model, whole)
+
+
+def test_a_pattern_has_one_sparsity(make, solved, tmp_path):
+    """Left at its default or given: the pruning is the same."""
+    run(make(num_hidden_layers=2), tmp_path / "journal", method="wanda", pattern="1:4")
+    solved.groups = 0
+    run(make(num_hidden_layers=2), tmp_path / "journal", method="wanda", pattern="1:4", sparsity=0.75)
+    assert solved.groups == 0
 
 
 def test_a_pruned_model_without_its_journal_is_another_model(make, solved, tmp_path):
@@ -250,13 +317,36 @@ def test_fingerprint_sees_every_parameter_and_token(make):
     assert fingerprint(model, other)["windows"] != before["windows"]
     pruned = {id(linear.weight) for block in blocks.modules for linear in find_linears(block).values()}
     for parameter in model.parameters():
-        entry = parameter.data.view(-1)[7]
-        kept = entry.clone()
-        entry.copy_(torch.nextafter(kept, kept + 1))
-        after = fingerprint(model, WINDOWS)
-        assert (after["model"] == before["model"]) == (id(parameter) in pruned)
-        assert sum(a != b for a, b in zip(after["blocks"], before["blocks"], strict=True)) == (id(parameter) in pruned)
-        entry.copy_(kept)
+        entries, kept = parameter.data.view(-1), parameter.data.clone()
+        entries[7] = torch.nextafter(entries[7], entries[7] + 1)
+        changed = [fingerprint(model, WINDOWS)]
+        if len(kept.unique()) > 1:  # not the norms, whose entries are all 1
+            parameter.data.copy_(kept)
+            entries[[3, 9]] = entries[[9, 3]]
+            changed.append(fingerprint(model, WINDOWS))
+        for after in changed:
+            assert (after["model"] == before["model"]) == (id(parameter) in pruned)
+            blocks_changed = sum(a != b for a, b in zip(after["blocks"], before["blocks"], strict=True))
+            assert blocks_changed == (id(parameter) in pruned)
+        parameter.data.copy_(kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8])
+def test_a_digest_is_of_all_bits(dtype):
+    """Of any format, shape and layout, but only of what a tensor holds."""
+    digest = importlib.import_module("maiht_lightning.journal")._digest
+    entries = torch.arange(-12, 12).to(dtype).view(4, 6)
+
+    def of(tensor, name="a"):
+        return digest({name: lambda: tensor})
+
+    same = [entries.clone(), entries.T.contiguous().T, torch.stack([entries, entries], 2)[..., 0]]
+    assert {of(tensor) for tensor in same} == {of(entries)}
+    others = [entries.view(6, 4), entries.flip(0), entries.roll(1), -entries, entries[0], entries[0, 0]]
+    others += [entries.to(torch.complex64), entries.bool()]
+    assert len({of(entries), of(entries, "b"), *map(of, others)}) == 2 + len(others)
+    both = {"a": lambda: entries, "b": lambda: entries.T}
+    assert digest(both) == digest(dict(reversed(both.items())))
 
 
 SCRIPT = """

@@ -120,7 +120,7 @@ def prune(
             f"windows, a smaller batch_size or fewer processes"
         )
 
-    solver: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "method": method, "config": settings}
+    solver: dict[str, Any] = {"sparsity": structure.sparsity, "pattern": pattern, "method": method, "config": settings}
     journal = None if journal_dir is None else _open_journal(journal_dir, solver, model, windows, team)
     place = Workplace(blocks, computing_device(model, device))
     begun = time.perf_counter()
@@ -174,11 +174,7 @@ def _open_journal(
 def _lasting(solver: dict[str, Any]) -> dict[str, Any]:
     """What decides a pruning's result, for its journal."""
     # A budget changes nothing but rounding: after running out of memory, a smaller one may go on.
-    config = asdict(replace(solver["config"], memory_budget=None))
-    if not config["keep_zeros"]:
-        # Journals of older versions do not know it.
-        del config["keep_zeros"]
-    return {**solver, "config": config}
+    return {**solver, "config": asdict(replace(solver["config"], memory_budget=None))}
 
 
 def _auto_place(model: nn.Module, blocks: DecoderBlocks, tokens: int, place: Workplace) -> Place:
