@@ -1,6 +1,8 @@
 """Baselines: SparseGPT, ADMM-Grad, Wanda and magnitude against plainly written float64 references."""
 
 import os
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from counts import check_zeros, floor_of
 from maiht_lightning.solvers import LayerSolver, MAIHTConfig, admm, parse_pattern, prune_layer, sparsegpt
 from maiht_lightning.solvers.problem import scale_gram
 
@@ -44,26 +47,6 @@ def brain_surgeon(row, keep, hessian):
 def chosen(mask):
     """A chooser that gives back a mask known beforehand."""
     return lambda start, score: mask[:, start : start + score.shape[1]]
-
-
-def expected_zeros(weight, pattern, sparsity):
-    """Zeros that the pattern promises, a row or (unstructured) in all."""
-    out, inputs = weight.shape
-    if pattern == "unstructured":
-        return int(sparsity * out * inputs)
-    if pattern == "row":
-        return [int(sparsity * inputs)] * out
-    keep, group = map(int, pattern.split(":"))
-    return [(group - keep) * (inputs // group)] * out
-
-
-def check_counts(mask, pattern, sparsity):
-    zeros = (~mask).sum(1).tolist()
-    expected = expected_zeros(mask, pattern, sparsity)
-    assert (sum(zeros) if pattern == "unstructured" else zeros) == expected
-    if ":" in pattern:
-        keep, group = map(int, pattern.split(":"))
-        assert (mask.view(len(mask), -1, group).sum(2) == keep).all()
 
 
 def test_sparsegpt_factor_is_that_of_the_damped_inverse():
@@ -103,11 +86,11 @@ def test_sparsegpt_chooses_as_the_plain_loop_does(pattern, sparsity, monkeypatch
         )
         end = start + span
         if pattern == "unstructured":
-            count = int(sparsity * out * inputs) * end // inputs - spent
+            count = floor_of(sparsity, out * inputs) * end // inputs - spent
             order = cost.flatten().argsort()[:count]
             mask[order // span, start + order % span] = False
         else:
-            total = int(sparsity * inputs) * end // inputs - spent
+            total = floor_of(sparsity, inputs) * end // inputs - spent
             count = total if pattern == "row" else span - int(pattern.split(":")[0])
             mask[:, start:end].scatter_(1, cost.argsort(1)[:, :count], False)
         spent += count
@@ -139,20 +122,21 @@ def test_admm_is_the_plain_loop(pattern, sparsity):
     a = gram / torch.outer(norms, norms) + 0.1 * torch.eye(len(gram), dtype=gram.dtype)
     target = weight * norms
     s, u = target.clone(), torch.zeros_like(target)
+    goal = Fraction(repr(sparsity)).limit_denominator(1000)  # 2/3 is not the decimal that a float shows
     for step in range(20):
         if step < 15:
             score, mask = (s + u).abs(), torch.ones_like(target)
-            now = sparsity - sparsity * (1 - (step + 1) / 15) ** 3
+            now = goal * (1 - (1 - Fraction(step + 1, 15)) ** 3)
             if pattern == "unstructured":
-                mask.view(-1)[score.view(-1).argsort()[: int(now * target.numel())]] = 0
+                mask.view(-1)[score.view(-1).argsort()[: floor(now * target.numel())]] = 0
             elif pattern == "row":
-                mask.scatter_(1, score.argsort(1)[:, : int(now * target.shape[1])], 0)
+                mask.scatter_(1, score.argsort(1)[:, : floor(now * target.shape[1])], 0)
             else:
                 keep, group = map(int, pattern.split(":"))
                 allowed = torch.zeros_like(mask, dtype=torch.bool)
                 allowed.view(-1, group).scatter_(1, score.view(-1, group).argsort(1)[:, : group - keep], True)
                 score[~allowed] = torch.inf
-                mask.view(-1)[score.view(-1).argsort()[: int(now * target.numel() + 1e-9)]] = 0
+                mask.view(-1)[score.view(-1).argsort()[: floor(now * target.numel())]] = 0
         z = (s + u) * mask
         u = u + s - z
         s = torch.linalg.solve(a + torch.eye(len(a), dtype=a.dtype), (target @ a + z - u).T).T
@@ -178,7 +162,7 @@ def test_scores_keep_the_largest(method, pattern, sparsity):
     weight, gram = layer()
     score = weight.abs() * (gram.diagonal().sqrt() if method == "wanda" else 1)
     group = score.numel() if pattern == "unstructured" else 24 if pattern == "row" else int(pattern[-1])
-    zeros = int(sparsity * group) if ":" not in pattern else group - int(pattern[0])
+    zeros = floor_of(sparsity, group) if ":" not in pattern else group - int(pattern[0])
     last_zero = score.view(-1, group).sort(dim=1).values[:, [zeros - 1]]
     expected = (weight.view(-1, group) * (score.view(-1, group) > last_zero)).view_as(weight)
     result = prune_layer(weight, gram, sparsity=sparsity, pattern=pattern, method=method, config=DOUBLE)
@@ -266,7 +250,7 @@ def test_any_layer_gets_finite_weights_and_exact_counts(data):
     gram = x.T @ x
     first, second = (prune_layer(weight, gram, sparsity=sparsity, pattern=pattern, method=method) for _ in range(2))
     assert first.weight.isfinite().all()
-    check_counts(first.mask, pattern, sparsity)
+    check_zeros(~first.mask, pattern, sparsity)
     assert (first.weight[~first.mask] == 0).all()
     assert torch.equal(first.weight, second.weight)
     assert 0 <= first.relative_error < 10

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maiht_lightning.capture import (
+    Batch,
     accumulate_grams,
     advance,
     evaluation_mode,
@@ -343,34 +344,67 @@ def test_conv1d_is_read_and_written_as_out_in():
     torch.testing.assert_close(linear(x), x @ weight.T + linear.bias)
 
 
-def test_layers_that_do_not_run_or_run_twice_are_refused():
-    class Block(nn.Module):
+class Scripted(nn.Module):
+    """A block whose layers run on so many tokens, pass by pass, as `plan` says; others than named do not run."""
+
+    def __init__(self, *plan):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(4, 4) for _ in range(3))
+        self.plan = list(plan)
+
+    def forward(self, hidden):
+        for name, tokens in self.plan.pop(0):
+            # Each layer has an input of its own.
+            getattr(self, name)(hidden.flatten(0, -2)[:tokens] + 0)
+        return hidden
+
+
+ALL = [("one", 6), ("two", 6), ("three", 6)]
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([ALL[:2]], "three did not run"),
+        ([[]], "one, two, three did not run"),
+        ([[*ALL, ("one", 6)]], "one runs more than once"),
+        ([ALL, [("one", 6), ("one", 6)]], "one runs more than once"),
+        (
+            [[("one", 6), ("two", 5), ("three", 6)]],
+            "each of the 6 tokens of a pass, but two ran on 5: mixtures of experts",
+        ),
+        ([[("one", 6), ("two", 0), ("three", 6)]], "two ran on 0"),
+        ([ALL, [("one", 6), ("two", 4), ("three", 6)]], "two ran on 4"),
+        # Not in the first pass alone.
+        ([ALL[1:], ALL], "one did not run"),
+        ([ALL, ALL[1:]], "one did not run"),
+        ([ALL, ALL, ALL[:2]], "three did not run"),
+        ([ALL, ALL[2:]], "one, two did not run"),
+    ],
+)
+def test_layers_that_do_not_run_once_on_every_token_are_refused(passes, message):
+    block = Scripted(*passes)
+    batches = [Batch(torch.ones(2, 3, 4), [((), {})], torch.device("cpu")) for _ in passes]
+    with pytest.raises(ValueError, match=message):
+        accumulate_grams(block, batches, 0)
+
+
+def test_layers_that_run_on_every_token_are_not():
+    """In any order, and on more tokens than there are, as layers of a head apart do."""
+    block = Scripted(ALL, [("two", 6), ("one", 6), ("three", 6)], ALL)
+    batches = [Batch(torch.ones(2, 3, 4), [((), {})], torch.device("cpu")) for _ in range(3)]
+    assert [group.gram[0, 0] for group in accumulate_grams(block, batches, 0)] == [18, 18, 18]
+
+    class Heads(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.calls = 1
+            self.head = nn.Linear(2, 2)
 
         def forward(self, hidden):
-            for _ in range(self.calls):
-                hidden = self.used(hidden)
-            return hidden
+            return self.head(hidden.unflatten(-1, (2, 2))).flatten(-2)
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(8, 4)
-            self.blocks = nn.ModuleList([Block()])
-
-        def forward(self, input_ids, use_cache):
-            return self.blocks[0](self.embed(input_ids))
-
-    model = Model()
-    batches = record_inputs(model, tuple(model.blocks), torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="idle did not run"):
-        accumulate_grams(model.blocks[0], batches, 0)
-    model.blocks[0].calls = 2
-    with pytest.raises(ValueError, match="used runs more than once"):
-        accumulate_grams(model.blocks[0], batches, 0)
+    (group,) = accumulate_grams(Heads(), batches, 0)
+    assert group.gram[0, 0] == 36
 
 
 def test_skipped_blocks_are_refused(llama, windows):

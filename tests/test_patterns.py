@@ -1,12 +1,21 @@
 """Patterns: exact counts, whatever ties there are; thresholding and N:M projection against plain loops."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maiht_lightning.solvers import parse_pattern
-from maiht_lightning.solvers.patterns import count, hard_threshold_, keep_largest, keep_of_groups_, kth_largest
+from counts import check_zeros, floor_of
+from maiht_lightning.solvers import parse_pattern, prune_layer
+from maiht_lightning.solvers.patterns import (
+    count,
+    hard_threshold_,
+    keep_largest,
+    keep_of_groups_,
+    kth_largest,
+    zeros_of,
+)
 
 GROUPS = ((1, 2), (2, 4), (1, 4), (4, 8), (3, 8), (3, 3), (20, 64))
 
@@ -30,11 +39,31 @@ SCORES = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(score=SCORES, sparsity=st.floats(0, 0.999))
 def test_counts_are_exact(score, sparsity):
-    _rows, columns = score.shape
-    layer = parse_pattern("unstructured", sparsity).mask(score)
-    assert (~layer).sum() == int(sparsity * score.numel())
-    by_row = parse_pattern("row", sparsity).mask(score)
-    assert ((~by_row).sum(1) == int(sparsity * columns)).all()
+    for pattern in ("unstructured", "row"):
+        structure = parse_pattern(pattern, sparsity)
+        check_zeros(~structure.mask(score), pattern, sparsity)
+        unit = score.numel() if pattern == "unstructured" else score.shape[1]
+        assert structure.kept(score.shape) == unit - floor_of(sparsity, unit)
+
+
+@settings(max_examples=300, deadline=None)
+@given(digits=st.integers(1, 4), share=st.data(), size=st.integers(1, 10**12))
+def test_a_sparsity_is_the_decimal_that_was_written(digits, share, size):
+    parts = 10**digits
+    k = share.draw(st.integers(0, parts - 1))
+    # As somebody writes it, and as a loop computes it.
+    for sparsity in (float(f"{k / parts:.{digits}f}"), k / parts, np.float64(k / parts), np.float32(k / parts)):
+        assert zeros_of(parse_pattern("unstructured", sparsity).sparsity, size) == k * size // parts
+
+
+@pytest.mark.parametrize("sparsity", [0.29, np.float64(0.29), np.float32(0.29)])
+def test_twenty_nine_of_a_hundred(sparsity):
+    """A product of floats has 28 of them."""
+    weight, gram = torch.arange(1.0, 101).view(4, 25), torch.eye(25)
+    for method in ("maiht", "sparsegpt", "admm", "wanda", "magnitude"):
+        assert (~prune_layer(weight, gram, sparsity=sparsity, method=method).mask).sum() == 29
+    by_row = prune_layer(weight.view(1, 100), torch.eye(100), sparsity=sparsity, pattern="row").mask
+    assert (~by_row).sum() == 29
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,8 +88,7 @@ def test_what_is_kept_is_at_least_what_goes(score, sparsity):
 def test_n_of_m_are_kept(seed, rows, groups, shape):
     keep, group = shape
     score = scores(seed, rows, groups * group, 1)
-    mask = parse_pattern(f"{keep}:{group}", 0.5).mask(score)
-    assert (mask.view(-1, group).sum(1) == keep).all()
+    check_zeros(~parse_pattern(f"{keep}:{group}", 0.5).mask(score), f"{keep}:{group}", None)
 
 
 def test_tiebreaks_decide_in_turn():
@@ -150,7 +178,9 @@ def test_hard_threshold_at_the_ends_of_the_range(dtype, tau):
     assert torch.equal(out, torch.where(value.abs() >= threshold, value, 0))
 
 
-@pytest.mark.parametrize("sparsity", [1.5, 1, 1.0, -0.1, float("nan"), float("inf"), True, "0.5", None])
+@pytest.mark.parametrize(
+    "sparsity", [1.5, 1, 1.0, -0.1, float("nan"), float("inf"), True, "0.5", None, torch.tensor(0.5)]
+)
 def test_bad_sparsity(sparsity):
     with pytest.raises(ValueError, match="sparsity"):
         parse_pattern("unstructured", sparsity)

@@ -1,10 +1,11 @@
 """The solver against Algorithm 1 written plainly: float64, four products an iteration, full sorts."""
 
-from math import floor, sqrt
+from math import sqrt
 
 import pytest
 import torch
 
+from counts import floor_of
 from maiht_lightning.solvers import LayerSolver, MAIHTConfig, prune_layer
 
 FLOAT64 = MAIHTConfig(precision="float64")
@@ -70,7 +71,7 @@ def naive(weight, gram, sparsity, method, *, groups=None, mu=0.1, scale=0.95, it
         stepped = (s - step * gradient(s)).abs().flatten().tolist()
         order = sorted(range(s.numel()), key=list(zip(s.abs().flatten().tolist(), stepped, strict=True)).__getitem__)
         mask = torch.ones_like(s, dtype=torch.bool).flatten()
-        mask[order[: floor(sparsity * s.numel())]] = False
+        mask[order[: floor_of(sparsity, s.numel())]] = False
         mask = mask.view_as(s)
     s = s * mask
     losses.append(loss(s).item())

@@ -51,10 +51,10 @@ def accumulate_grams(
         The groups in the order in which the block uses them.
 
     Raises:
-        ValueError: A linear layer of the block did not run or ran twice, or its inputs are not finite.
+        ValueError: A linear layer of the block did not run once on every token, or its inputs are not finite.
     """
     linears = find_linears(block)
-    collector = _Collector(tf32)
+    collector = _Collector(list(linears), tf32)
     handles = [
         linear.register_forward_pre_hook(lambda module, args, name=name: collector.see(name, module, args[0]))
         for name, linear in linears.items()
@@ -63,15 +63,14 @@ def accumulate_grams(
         for batch in batches:
             if before is not None:
                 batch.advance(before, index - 1)
+            hidden = batch.input()
+            collector.tokens = hidden.shape[:-1].numel()
             with suppress(_SeenAll):
-                run_block(block, batch.input(), batch.arguments[index])
+                run_block(block, hidden, batch.arguments[index])
             collector.end_batch()
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in linears if name not in collector.group_of]
-    if missing:
-        raise ValueError(f"the linear layers {', '.join(missing)} did not run, so their inputs are unknown")
     for group in collector.groups:
         mirror_(group.gram)
         if not all(extreme.isfinite() for extreme in group.gram.aminmax()):
@@ -129,9 +128,13 @@ class _SeenAll(Exception):
 class _Collector:
     """Sums a Gram matrix for each distinct input; the first batch shows which layers share one."""
 
+    names: list[str]
     tf32: bool = False
     groups: list[InputGroup] = field(default_factory=list)
     group_of: dict[str, InputGroup] = field(default_factory=dict)
+    # Of the batch under way: how many tokens it has, and the layers that have run on them.
+    tokens: int = 0
+    ran: set[str] = field(default_factory=set)
     # The tensors of the batch under way, held so that no address is used twice.
     inputs: list[Tensor] = field(default_factory=list)
     # For the rows of a product; fresh memory for each would cost as much as the sum.
@@ -139,9 +142,13 @@ class _Collector:
     first_batch: bool = True
 
     def see(self, name: str, linear: nn.Module, inputs: Tensor) -> None:
+        if name in self.ran:
+            raise ValueError(f"{name} runs more than once in a forward pass, which is not supported")
+        self.ran.add(name)
+        # More are possible: a layer that runs on each head apart sees a token several times.
+        if (tokens := inputs.shape[:-1].numel()) < self.tokens:
+            raise self._not_on_every_token(f"{name} ran on {tokens}")
         if self.first_batch:
-            if name in self.group_of:
-                raise ValueError(f"{name} runs more than once in a forward pass, which is not supported")
             for group, known in zip(self.groups, self.inputs, strict=True):
                 if inputs is known or (
                     inputs.data_ptr() == known.data_ptr()
@@ -170,5 +177,16 @@ class _Collector:
             raise _SeenAll
 
     def end_batch(self) -> None:
+        # A pass ends at the first layer of the last group, before the others of that group.
+        unreached = [] if self.first_batch else self.groups[-1].names[1:]
+        if missing := [name for name in self.names if name not in self.ran and name not in unreached]:
+            raise self._not_on_every_token(f"{', '.join(missing)} did not run")
+        self.ran.clear()
         self.inputs.clear()
         self.first_batch = False
+
+    def _not_on_every_token(self, found: str) -> ValueError:
+        return ValueError(
+            f"every linear layer of a block must run on each of the {self.tokens} tokens of a pass, but {found}: "
+            f"mixtures of experts, which send a token to some of their layers, are not supported"
+        )
