@@ -76,7 +76,8 @@ def prune(
 
     Args:
         model: A Hugging Face causal language model of the LLaMA shape.
-        windows: Calibration token ids, LongTensor (samples, seqlen).
+        windows: Calibration token ids, LongTensor (samples, seqlen). Each must be whole: there is no attention mask, so
+            that padding would count in the Gram matrices. Windows that begin or end with padding are refused.
         sparsity: Fraction of zeros in [0, 1): exactly floor(sparsity · numel) a layer for `unstructured`.
         pattern: `unstructured` (compared within a layer), `row` (within an output row), or `N:M` (N kept of
             every M consecutive inputs).
@@ -206,7 +207,7 @@ def _check_weights(model: nn.Module, blocks: DecoderBlocks, pattern: Pattern, *,
 
 
 def check_windows(windows: Tensor, model: nn.Module) -> None:
-    """Raise `TypeError` or `ValueError` unless `windows` are token ids (samples, seqlen) the model knows."""
+    """Raise `TypeError` or `ValueError` unless `windows` are whole token ids (samples, seqlen) the model knows."""
     if not isinstance(windows, Tensor) or windows.dtype != torch.long:
         found = windows.dtype if isinstance(windows, Tensor) else type(windows).__name__
         raise TypeError(f"windows must be a LongTensor of token ids (samples, seqlen), but found {found}")
@@ -222,6 +223,28 @@ def check_windows(windows: Tensor, model: nn.Module) -> None:
             f"windows hold token ids from {low} to {high}, but the model knows 0 to {vocabulary}: "
             f"were they made with another model's tokenizer?"
         )
+    if padded := _count_padded(windows, getattr(model, "config", None)):
+        raise ValueError(
+            f"windows must be whole, since there is no attention mask and padding would count in the Gram matrices, "
+            f"but {padded} of {len(windows)} begin or end with padding tokens: cut them from longer text, or join "
+            f"short texts end to end"
+        )
+
+
+def _count_padded(windows: Tensor, config: Any) -> int:
+    """How many windows (samples, seqlen) look padded: they begin or end with a run of the padding token."""
+    ends = getattr(config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    # Tokenizers without a padding token are commonly told to pad with the end-of-text token.
+    padding = getattr(config, "pad_token_id", None)
+    padding = next(iter(ends), None) if padding is None else padding
+    # One end-of-text token at a window's edge is where a document of packed text ends. Two are, if documents begin
+    # with the same token. A longer run is no text: of padded windows, nearly all but the longest have one.
+    shortest = 3 if padding in ends and padding == getattr(config, "bos_token_id", None) else 2
+    if padding is None or windows.shape[1] < shortest:
+        return 0
+    is_padding = windows == padding
+    return int((is_padding[:, :shortest].all(1) | is_padding[:, -shortest:].all(1)).sum())
 
 
 def _write(block: nn.Module, weights: dict[str, Tensor]) -> None:
