@@ -1,16 +1,19 @@
 """Models that lie elsewhere than they are computed, and hidden states that do."""
 
+import contextlib
+import importlib
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from maiht_lightning.capture import choose_place
+from maiht_lightning.capture import Workplace, brought_by_accelerate, choose_place, find_blocks, keeping
 from maiht_lightning.cli import main
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.export import save_model
@@ -94,6 +97,200 @@ def test_a_model_without_values_is_refused(tiny_llama, tmp_path):
     model.lm_head.to_empty(device="cpu")
     with pytest.raises(ValueError, match="has no values: load the model with from_pretrained"):
         prune(model, WINDOWS, journal_dir=tmp_path, progress=False)
+
+
+# ---- Models in host memory, computed on another device. There is one device here; where values do not matter, the
+# other one is PyTorch's `meta` device, which has none, and else "cpu:0", which is the CPU under another name.
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def another_cpu(monkeypatch):
+    """Devices are the same only if they are called the same: "cpu:0" is another one than "cpu"."""
+    monkeypatch.setattr("maiht_lightning.capture.residence._same", lambda one, other: one == other)
+    return torch.device("cpu:0")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Notes (module, name of a tensor in it, thread) for each tensor that is read from its home."""
+    residence, seen = importlib.import_module("maiht_lightning.capture.residence"), []
+    original = residence.whole_tensor
+
+    def note(module, name):
+        seen.append((module, name, threading.current_thread().name))
+        return original(module, name)
+
+    monkeypatch.setattr(residence, "whole_tensor", note)
+    return seen
+
+
+@pytest.mark.parametrize("hidden_states", ["auto", "device", "host", "disk"])
+@pytest.mark.parametrize(("method", "pattern"), [("wanda", "unstructured"), ("sparsegpt", "2:4")])
+def test_a_model_elsewhere_is_pruned_as_one_at_hand(tiny_llama, another_cpu, reads, method, pattern, hidden_states):
+    settings = {"method": method, "pattern": pattern, "progress": False, "hidden_states": hidden_states}
+    expected, model = (tiny_llama(vocab_size=64, num_hidden_layers=3) for _ in range(2))
+    records = prune(expected, WINDOWS, **settings).layers
+    parameters = dict(model.named_parameters())
+    # It stays at home: only copies run.
+    for block in model.model.layers:
+        block.mlp.up_proj.register_forward_pre_hook(lambda *_: pytest.fail("the model itself runs"))
+    reads.clear()
+    report = prune(model, WINDOWS, device=another_cpu, **settings)
+    assert reads
+    assert [(r.name, r.zeros, r.relative_error) for r in report.layers] == [
+        (r.name, r.zeros, r.relative_error) for r in records
+    ]
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]
+        assert torch.equal(parameter, expected.get_parameter(name))
+
+
+def test_each_block_is_read_once_and_ahead(tiny_llama, another_cpu, reads):
+    """The first one by the process itself, the others by a thread while the one before is at work."""
+    model = tiny_llama(vocab_size=64, num_hidden_layers=3)
+    home = {module: name for name, module in model.named_modules()}
+    prune(model, WINDOWS, device=another_cpu, method="wanda", progress=False)
+    main_thread = threading.current_thread().name
+    for number, block in enumerate(model.model.layers):
+        names = {f"{home[block]}.{name}" for name, _ in [*block.named_parameters(), *block.named_buffers()]}
+        found = [(f"{home[m]}.{name}", t) for m, name, t in reads if home[m].startswith(f"{home[block]}.")]
+        assert sorted(name for name, _ in found) == sorted(names)
+        assert all((thread == main_thread) == (number == 0) for _, thread in found)
+
+
+def test_a_block_is_copied_to_where_it_is_computed(tiny_llama):
+    model = tiny_llama(vocab_size=64, num_hidden_layers=2)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    place = Workplace(find_blocks(model), META)
+    with place.open():
+        assert place.away
+        place.read_ahead(1)
+        for index, block in enumerate(model.model.layers):
+            copy = place.load(index)
+            assert type(copy) is type(block)
+            assert all(p.is_meta for p in copy.parameters())
+            assert {n: (p.shape, p.dtype) for n, p in copy.named_parameters()} == {
+                n: (p.shape, p.dtype) for n, p in block.named_parameters()
+            }
+            # Only pruned weights find their way home.
+            weight = torch.full_like(block.mlp.up_proj.weight, index + 1.0)
+            place.store(index, {"mlp.up_proj": weight}, None)
+            state[f"model.layers.{index}.mlp.up_proj.weight"] = weight
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_at_hand_is_not_copied(tiny_llama):
+    model = tiny_llama(vocab_size=64)
+    for device in ("cpu", "cpu:0"):
+        place = Workplace(find_blocks(model), torch.device(device))
+        with place.open():
+            place.read_ahead(0)
+            assert not place.away
+            assert [place.load(i) for i in range(2)] == list(model.model.layers)
+
+
+def test_accelerate_computes_a_whole_model_on_another_device():
+    """One without a forward that looks at values, which the meta device does not have."""
+    model = torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 64))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    places = []
+    model[2].register_forward_pre_hook(lambda module, args: places.append(args[0].device))
+    with brought_by_accelerate(model, META):
+        # Nothing is where it was, and what one layer computes is on the other device for the next one.
+        assert all(parameter.is_meta for parameter in model.parameters())
+        # The result goes back to where the input is, which it cannot without values.
+        with pytest.raises(NotImplementedError, match="no data"):
+            model(WINDOWS)
+    assert places == [META]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model(WINDOWS).device == WINDOWS.device
+
+
+def test_accelerate_brings_the_values_and_takes_them_back(tiny_llama, monkeypatch):
+    # A `cpu` that is not the one where the model is, so that the values are there and can be compared.
+    monkeypatch.setattr("maiht_lightning.capture.residence._same", lambda one, other: False)
+    model = tiny_llama(vocab_size=64)
+    expected = model(input_ids=WINDOWS, use_cache=False).logits
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for error in (None, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), brought_by_accelerate(model, torch.device("cpu")):
+            assert all(parameter.is_meta for parameter in model.parameters())
+            assert torch.equal(model(input_ids=WINDOWS, use_cache=False).logits, expected)
+            if error is not None:
+                raise error
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert torch.equal(model(input_ids=WINDOWS, use_cache=False).logits, expected)
+
+
+def test_accelerate_leaves_alone_what_is_there_or_has_hooks(tiny_llama, folder):
+    at_hand, on_disk = tiny_llama(vocab_size=64), load_model(str(folder), blocks_on_disk=True)
+    for model, device in ((at_hand, None), (at_hand, torch.device("cpu")), (on_disk, META)):
+        hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+        places = [parameter.device for parameter in model.parameters()]
+        with brought_by_accelerate(model, device):
+            assert [getattr(module, "_hf_hook", None) for module in model.modules()] == hooks
+            assert [parameter.device for parameter in model.parameters()] == places
+
+
+# ---- Hidden states
+
+
+def test_hidden_states_wait_for_a_gpu_in_pinned_memory(monkeypatch):
+    """Without a GPU nothing can be pinned: what is asked for is looked at."""
+    hidden, asked, empty = torch.randn(2, 3, 4), [], torch.empty
+
+    def note(*shape, pin_memory=False, **settings):
+        asked.append(pin_memory)
+        return empty(*shape, **settings)
+
+    monkeypatch.setattr(torch, "empty", note)
+    with keeping("host", torch.device("cuda")) as keep:
+        assert torch.equal(keep(hidden), hidden)
+    with keeping("host", META) as keep:
+        assert keep(hidden).device == hidden.device
+    with keeping("device", META) as keep:
+        assert keep(hidden).is_meta
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_hidden_states_are_where_they_were_asked_for(tiny_llama, place, tmp_path):
+    files = []
+
+    def look(records):
+        files.append([path.stat().st_size for path in tmp_path.glob("run/hidden_states_*/batch_*.bin")])
+
+    model = tiny_llama(vocab_size=64)
+    settings = {"method": "magnitude", "batch_size": 4, "on_block": look, "progress": False}
+    prune(model, WINDOWS, hidden_states=place, journal_dir=tmp_path / "run" / "journal", **settings)
+    # 4 and 2 windows of 32 tokens, 64 numbers of 4 bytes each.
+    expected = [32768, 16384] if place == "disk" else []
+    assert [sorted(sizes, reverse=True) for sizes in files] == [expected, expected]
+
+
+def test_by_itself_hidden_states_go_where_there_is_room(tiny_llama, monkeypatch, tmp_path):
+    asked, files = [], []
+
+    def choose(size, device, working):
+        asked.append((size, device, working))
+        return "disk"
+
+    monkeypatch.setattr("maiht_lightning.pruner.choose_place", choose)
+    model = tiny_llama(vocab_size=64)
+    settings = {"method": "magnitude", "journal_dir": tmp_path / "journal", "progress": False}
+    prune(model, WINDOWS, on_block=lambda _: files.extend(tmp_path.glob("hidden_states_*/*")), **settings)
+    assert len(files) == 2 * len(WINDOWS)
+    ((size, device, working),) = asked
+    assert (size, device) == (6 * 32 * 64 * 4, torch.device("cpu"))
+    # Beside them: float64 Gram matrices of the widths 64 and 128, with copies; 11 matrices of the largest layer and
+    # two Gram matrices in float32; and three blocks, of which the layers are nearly all.
+    layers = 64 * (64 + 32 + 32 + 64 + 3 * 128)
+    solver = 4 * (11 * 64 * 128 + 2 * 128**2)
+    assert working == 2 * 8 * (64**2 + 128**2) + solver + 3 * 4 * (layers + 2 * 64)
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
