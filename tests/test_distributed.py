@@ -8,10 +8,18 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import LlamaForCausalLM
 
@@ -20,6 +28,7 @@ from maiht_lightning.callbacks.trainer import check_trainer
 from maiht_lightning.pruner import prune
 from maiht_lightning.sparsity import count_zeros, measured_sparsity
 from maiht_lightning.team import Team
+from own_module import OwnModule, trainer
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
@@ -242,6 +251,71 @@ def test_a_sharded_fit_prunes_and_trains_on(tmp_path):
     assert all(torch.equal(first["weights"][name], weight) for name, weight in saved.state_dict().items())
 
 
+RESUME = """
+    from lightning.pytorch import LightningModule, seed_everything
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies import DDPStrategy
+    from own_module import trainer as make_trainer
+    from maiht_lightning.data.module import TextDataModule
+
+    class Letters:
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(letter) - 97 for letter in text if letter.isalpha()]}
+
+    class Text(TextDataModule):
+        def texts(self, split):
+            return ["".join(chr(97 + i // 26) + chr(97 + i % 26) for i in range(45))]
+
+        def _find_tokenizer(self):
+            return Letters()
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.table, self.seen = torch.nn.Embedding(26, 26), []
+
+        def training_step(self, batch, batch_idx):
+            tokens = batch["input_ids"]
+            self.seen.append((self.trainer.current_epoch, (tokens[:, 0] * 26 + tokens[:, 1]).tolist()))
+            return torch.nn.functional.cross_entropy(self.table(tokens[:, 0]), tokens[:, 1])
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    def fit(max_steps, ckpt_path=None):
+        seed_everything(7, verbose=False)
+        module = Module()
+        saved = ModelCheckpoint(f"ckpt_{max_steps}", every_n_train_steps=max_steps)
+        strategy = DDPStrategy(process_group_backend="gloo")
+        make_trainer(
+            saved, strategy=strategy, devices=2, max_epochs=3, max_steps=max_steps, enable_checkpointing=True
+        ).fit(module, datamodule=Text(seqlen=2, batch_size=4), ckpt_path=ckpt_path)
+        return {"weights": module.state_dict(), "seen": module.seen, "file": saved.best_model_path}
+
+    # Within the second of three epochs of 45 windows: 23 in each process, six batches an epoch.
+    whole, stopped = fit(18), fit(8)
+    torch.save([whole, stopped, fit(18, ckpt_path=stopped["file"])], f"of_{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_within_an_epoch(tmp_path):
+    """With the windows that each would have seen, to the weights of the uninterrupted fit."""
+    finished(RESUME, 2, tmp_path)
+    for rank in (0, 1):
+        whole, stopped, resumed = torch.load(tmp_path / f"of_{rank}.pt", weights_only=True)
+        assert [epoch for epoch, _ in whole["seen"]] == [0] * 6 + [1] * 6 + [2] * 6
+        for epoch in range(3):
+            # Our order of the epoch, taken in that of torch's DistributedSampler, which begins anew at its end.
+            ours, theirs = (torch.randperm(45, generator=torch.Generator().manual_seed(7 + epoch)) for _ in range(2))
+            share = ours[torch.cat([theirs, theirs[:1]])][rank::2].split(4)
+            assert [seen for at, seen in whole["seen"] if at == epoch] == [windows.tolist() for windows in share]
+        assert stopped["seen"] + resumed["seen"] == whole["seen"]
+        assert len(resumed["seen"]) == 10
+        assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in whole["weights"].items())
+        assert not torch.equal(stopped["weights"]["table.weight"], whole["weights"]["table.weight"])
+
+
 # ---- Sharing out
 
 
@@ -290,12 +364,21 @@ def test_maiht_prune_with_two_processes_as_with_one(tiny_folder, local_data, tmp
         assert shared["perplexity"] == pytest.approx(single["perplexity"], rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
-def test_other_strategies_are_refused_before_training(strategy):
-    class Strategy:
-        pass
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy, XLAStrategy, SingleDeviceXLAStrategy])
+def test_other_strategies_are_refused_before_training(kind, tiny_llama):
+    """Lightning's own classes, by the hook that comes first in a fit; made without what they need to be installed."""
+    pruning, module = MAIHTPruning(), OwnModule(tiny_llama(vocab_size=64))
+    fit = trainer(pruning)
+    fit._accelerator_connector.strategy = kind.__new__(kind)
+    with pytest.raises(MisconfigurationException, match=rf"{kind.__name__}: .*strategy='ddp'.*ModelParallelStrategy"):
+        pruning.setup(fit, module, "fit")
 
-    Strategy.__name__ = {"deepspeed": "DeepSpeedStrategy", "fsdp": "FSDPStrategy"}[strategy]
+
+@pytest.mark.parametrize("kind", [SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy])
+def test_these_strategies_and_heirs_of_them_are_not(kind):
     pruning = MAIHTPruning()
-    with pytest.raises(MisconfigurationException, match=rf"{Strategy.__name__}.*ddp.*ModelParallelStrategy"):
-        check_trainer(SimpleNamespace(strategy=Strategy(), callbacks=[pruning]), pruning, trains_on=False)
+    fit = trainer(pruning)
+    heir = type("Heir", (kind,), {})
+    for strategy in (kind, heir):
+        fit._accelerator_connector.strategy = strategy.__new__(strategy)
+        check_trainer(fit, pruning, trains_on=False)

@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -18,6 +25,10 @@ from torch.distributed.tensor import DTensor
 from .schedule import Shot
 
 C = TypeVar("C", bound=Callback)
+
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+# They inherit from those above, but DeepSpeed may split the weights, and XLA computes lazily on devices of its own.
+UNFIT_HEIRS = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 
 
 def find_callback(trainer: Trainer, kind: type[C]) -> C | None:
@@ -51,7 +62,7 @@ def check_trainer(trainer: Trainer, pruning: Callback, *, trains_on: bool) -> No
                 f"{type(callback).__name__} would average the weights from before the pruning into those from "
                 f"after it: leave it out, or prune at the end"
             )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+    if not isinstance(trainer.strategy, STRATEGIES) or isinstance(trainer.strategy, UNFIT_HEIRS):
         raise MisconfigurationException(
             f"MAIHTPruning does not work with {type(trainer.strategy).__name__}: where the model fits on each GPU use "
             f"strategy='ddp', where it does not ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1) "

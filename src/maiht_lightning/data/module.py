@@ -1,6 +1,7 @@
 """What the text DataModules share."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,28 +42,46 @@ class TokenWindows(Dataset[Batch]):
 class EpochOrder(Sampler[int]):
     """A random order for each epoch that depends on the seed and the epoch alone.
 
-    So a fit that goes on from a checkpoint, even one within an epoch, sees the windows that the uninterrupted one
-    would have seen. Lightning itself would begin the epoch again, in another order.
+    So a fit that goes on from a checkpoint sees the windows in the order in which the uninterrupted one would have
+    seen them. Lightning itself would choose another.
 
     Args:
         size: Windows in all.
-        batch_size: Windows a batch.
-        trainer: The Trainer, which knows the epoch and how much of it is done. None: always the first.
+        trainer: The Trainer, which knows the epoch. None: always the first.
     """
 
-    def __init__(self, size: int, batch_size: int, trainer: Trainer | None) -> None:
-        self.size, self.batch_size, self.trainer = size, batch_size, trainer
+    def __init__(self, size: int, trainer: Trainer | None) -> None:
+        self.size, self.trainer = size, trainer
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        epoch = done = 0
-        if self.trainer is not None:
-            epoch, loop = self.trainer.current_epoch, self.trainer.fit_loop
-            done = loop.epoch_loop.batch_progress.current.ready if loop.restarting else 0
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
         generator = torch.Generator().manual_seed(torch.initial_seed() + epoch)
-        yield from torch.randperm(self.size, generator=generator).tolist()[done * self.batch_size :]
+        yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+class ResumingLoader(DataLoader[Batch]):
+    """A DataLoader that leaves out the batches of an epoch that were trained on before the checkpoint.
+
+    It counts batches and not windows: with several processes Lightning shares out the sampler's order among them, and
+    each has done as many batches.
+
+    Args:
+        dataset: As for `DataLoader`; so are the further keywords.
+        trainer: The Trainer, which knows how much of the epoch is done. None: nothing is.
+    """
+
+    def __init__(self, dataset: Dataset[Batch], trainer: Trainer | None, **settings: Any) -> None:
+        super().__init__(dataset, **settings)
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        done = 0
+        if self.trainer is not None and (loop := self.trainer.fit_loop).restarting:
+            done = loop.epoch_loop.batch_progress.current.ready
+        yield from islice(super().__iter__(), done, None)
 
 
 class TextDataModule(LightningDataModule):
@@ -117,26 +136,26 @@ class TextDataModule(LightningDataModule):
             self._windows[split] = pack_windows(self.texts(split), tokenizer, self.seqlen, separator="\n\n")
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training windows, shuffled anew in each epoch; see `EpochOrder`."""
-        return self._loader("train", EpochOrder(len(self._windows["train"]), self.batch_size, self.trainer))
+        """Training windows, shuffled anew in each epoch; see `EpochOrder` and `ResumingLoader`."""
+        windows = TokenWindows(self._windows["train"])
+        order = EpochOrder(len(windows), self.trainer)
+        return ResumingLoader(windows, self.trainer, sampler=order, **self._loader_settings())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation windows, in order."""
-        return self._loader("validation")
+        return DataLoader(TokenWindows(self._windows["validation"]), **self._loader_settings())
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test windows, in order."""
-        return self._loader("test")
+        return DataLoader(TokenWindows(self._windows["test"]), **self._loader_settings())
 
-    def _loader(self, split: str, order: EpochOrder | None = None) -> DataLoader[Batch]:
+    def _loader_settings(self) -> dict[str, Any]:
         # The last batch may be smaller. Dropping it would leave a short text with no batch at all.
-        return DataLoader(
-            TokenWindows(self._windows[split]),
-            batch_size=self.batch_size,
-            sampler=order,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+        }
 
     def _find_tokenizer(self) -> "PreTrainedTokenizerBase":
         if self.tokenizer is not None:
