@@ -150,3 +150,9 @@ def text(monkeypatch):
     windows = language(4, 32, seed=2)
     monkeypatch.setattr(Evaluation, "load", lambda self, *_: Measurement(self, {"random": windows}, {}))
     return windows
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """No figures are drawn for a run, which would take longer than a small fit and its pruning."""
+    monkeypatch.setattr("maiht_lightning.reporting.run_report.draw_figures", lambda *_: {})

@@ -7,22 +7,32 @@ import random
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from maiht_lightning import C4Calibration, MAIHTConfig, MAIHTPruning, load_compact, prune
 from maiht_lightning.block_pruner import PruningError
+from maiht_lightning.callbacks.language_model import find_language_model, find_tokenizer
 from maiht_lightning.data.calibration import CalibrationSource
 from maiht_lightning.data.python_docs import PythonDocsCalibration
-from maiht_lightning.evaluation.settings import Evaluation
+from maiht_lightning.evaluation.settings import Evaluation, context_length
 from maiht_lightning.solvers import METHODS
 from own_module import NoTokenizer, OwnModule, Windows, trainer
 from sharp_model import language, perplexity_by_definition
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 FAST = MAIHTConfig(iterations=6, refine_iterations=4)
 WINDOWS = Windows().windows(None, 0)
@@ -33,12 +43,6 @@ SMALL = {
     "num_key_value_heads": 1,
     "num_hidden_layers": 1,
 }
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Drawing takes longer than all the rest."""
-    monkeypatch.setattr("maiht_lightning.reporting.run_report.draw_figures", lambda *_: {})
 
 
 class Letters:
@@ -279,6 +283,21 @@ def test_the_model_is_the_one_named(tiny_llama, tmp_path):
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model"), module.net["other"])
 
 
+def test_a_model_inside_another_is_not_one_of_several(tiny_llama):
+    module = Module(tiny_llama(vocab_size=64, **SMALL))
+    assert isinstance(module.net["lm"].model, PreTrainedModel)
+    assert find_language_model(module) is module.net["lm"]
+
+
+def test_a_model_without_blocks_is_refused():
+    class Plain(PreTrainedModel):
+        config_class = PreTrainedConfig
+
+    module = Module(Plain(PreTrainedConfig()))
+    with pytest.raises(MisconfigurationException, match=r"'net\.lm' of Module cannot be pruned: Plain has no decoder"):
+        find_language_model(module)
+
+
 # ---- Calibration
 
 
@@ -336,20 +355,51 @@ def test_a_sources_settings_decide_the_windows(module, corpus, tmp_path, source,
     assert same(module.net["lm"], direct(watch.dense, windows))
 
 
-def test_the_tokenizer_is_the_one_named(module, tmp_path):
+def save_tokenizer(folder):
+    """Write a Hugging Face tokenizer with a token a letter; it is returned as well."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {letter: 63 - place for place, letter in enumerate("?abcdefghijklmnopqrstuvwxyz \n")}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    named = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", eos_token="\n")
-    named.save_pretrained(tmp_path / "named")
-    module.tokenizer = Letters()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", eos_token="\n")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_the_tokenizer_is_the_one_named(module, tmp_path):
+    named, module.tokenizer = save_tokenizer(tmp_path / "named"), Letters()
     source = PythonDocsCalibration(samples=3, seqlen=30)
     watch = fit(tmp_path, module, calibration=source, tokenizer=str(tmp_path / "named"))
     assert torch.equal(torch.cat(watch.calibrated), source.windows(named, 0))
     assert not torch.equal(torch.cat(watch.calibrated), source.windows(Letters(), 0))
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").get_vocab() == named.get_vocab()
+
+
+def test_the_tokenizer_is_the_modules_or_else_the_one_beside_the_weights(tiny_llama, tmp_path):
+    module = Module(tiny_llama(vocab_size=64, **SMALL), Letters())
+    model = module.net["lm"]
+    beside = save_tokenizer(tmp_path / "model")
+    model.config._name_or_path = str(tmp_path / "model")
+    assert find_tokenizer(module, model) is module.tokenizer
+    module.tokenizer = None
+    assert find_tokenizer(module, model).get_vocab() == beside.get_vocab()
+    del module.tokenizer
+    assert find_tokenizer(module, model).get_vocab() == beside.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ("", r"Module has no `tokenizer`, and the model does not say .* MAIHTPruning\(tokenizer=\.\.\.\)"),
+        ("/absent/model", "no model at /absent/model.* Name one with `tokenizer`"),
+    ],
+)
+def test_without_any_tokenizer_a_fit_stops_before_training(module, tmp_path, beside, message):
+    module.tokenizer, module.net["lm"].config._name_or_path = None, beside
+    with pytest.raises(MisconfigurationException, match=f"no tokenizer for the calibration text: {message}"):
+        fit(tmp_path, module)
+    assert module.steps == 0
 
 
 def test_by_default_papers_settings_at_the_models_length(sharp_llama, corpus, tmp_path):
@@ -378,17 +428,6 @@ def test_no_length_goes_beyond_that_of_papers(tiny_llama, tmp_path):
     watch = fit(tmp_path, module, calibration=source, evaluation=Evaluation(perplexity=[str(text)]), method="magnitude")
     assert source.suitable == [2048]
     assert [tuple(window.shape) for window in watch.measured] == 4 * [(1, 2048)]
-
-
-def padded(side):
-    windows = WINDOWS.clamp(min=3)
-    if side == "left":
-        windows[2, :5] = 0
-    elif side == "right":
-        windows[-1, -2:] = 0
-    elif side == "wholly":
-        windows[0] = 0
-    return windows
 
 
 @pytest.mark.parametrize(
@@ -437,6 +476,23 @@ def test_padded_windows_stop_a_fit_before_training(tiny_llama, tmp_path):
 
 
 # ---- Evaluation
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("batch_size", 0, 1), ("seqlen", 1, 2), ("max_windows", 0, 1), ("limit", 0, 1), ("num_fewshot", -1, 0)],
+)
+def test_bad_settings_of_an_evaluation_fail_at_once(name, value, least):
+    with pytest.raises(ValueError, match=f"{name}: expected at least {least}, found {value}"):
+        Evaluation(**{name: value})
+    Evaluation(**{name: least})
+
+
+@pytest.mark.parametrize(("config", "length"), [({"max_position_embeddings": 40}, 40), ({}, 2048), (None, 2048)])
+def test_a_model_that_does_not_say_its_context_has_that_of_papers(config, length):
+    assert (
+        context_length(SimpleNamespace(config=SimpleNamespace(**config)) if config is not None else object()) == length
+    )
 
 
 def test_perplexity_is_that_of_the_texts_and_windows_asked_for(sharp_llama, tmp_path):
@@ -534,6 +590,12 @@ def test_offload_moves_the_model_to_host_memory_while_it_is_pruned_and_measured(
     if offload == "cpu":
         assert [after[0], after[-1]] == moves
     assert same(module.net["lm"], direct(watch.dense))
+
+
+def test_a_fit_cannot_leave_blocks_on_disk(module, tmp_path):
+    with pytest.raises(MisconfigurationException, match="offload: disk leaves blocks in files, for `maiht prune`"):
+        fit(tmp_path, module, offload="disk")
+    assert module.steps == 0
 
 
 @pytest.mark.parametrize("place", ["disk", "device", "host", "auto"])

@@ -1,9 +1,9 @@
 import gzip
 import json
 import random
-import time
 import warnings
 from itertools import combinations, count
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -21,6 +21,7 @@ from maiht_lightning.data.python_docs import PythonDocsCalibration, PythonDocsDa
 from maiht_lightning.data.sources import evaluation_windows, iterate_texts, load_texts
 from maiht_lightning.data.wikitext2 import WikiText2DataModule
 from maiht_lightning.data.windows import cut_windows, pack_windows
+from maiht_lightning.pruner import check_windows
 
 
 class Bytes:
@@ -178,6 +179,13 @@ def test_c4_evaluation_is_the_first_documents_joined_by_spaces(corpus):
     assert tokenizer.seen[0].endswith(" document 1099")
 
 
+def test_python_docs_evaluation_is_the_text_held_out():
+    ids = Bytes()("\n\n".join(python_docs_texts("heldout")))["input_ids"]
+    windows = evaluation_windows("python_docs", Bytes(), 500)
+    assert windows.tolist() == [ids[start : start + 500] for start in range(0, len(ids) - 499, 500)]
+    assert torch.equal(evaluation_windows("python_docs", Bytes(), 500, max_windows=7), windows[:7])
+
+
 def test_a_text_file_is_one_text(tmp_path):
     file = tmp_path / "story.txt"
     file.write_text("Grüße " * 10, encoding="utf-8")
@@ -279,6 +287,8 @@ def test_python_docs_calibration(tokenizer):
     source = PythonDocsCalibration()
     windows = source.windows(tokenizer, 2048)
     assert windows.shape == (64, 256)
+    assert (windows == tokenizer.eos_token_id).any()
+    check_windows(windows, model_padding_with(tokenizer.eos_token_id))
     assert torch.equal(windows, source.windows(tokenizer, 8))
     assert not torch.equal(windows, PythonDocsCalibration(seed=1).windows(tokenizer, 2048))
     assert PythonDocsCalibration(samples=3, seqlen=None).windows(tokenizer, 40).shape == (3, 40)
@@ -363,12 +373,12 @@ def test_crops_come_from_documents_longer_than_the_window(lengths, seqlen, sampl
     assert len({row[-1] for row in windows.tolist()}) == min(samples, longer)
 
 
-def test_a_corpus_without_long_documents_ends_the_search_quickly(corpus):
+def test_a_corpus_without_long_documents_is_looked_at_once_and_not_tokenized(corpus):
     corpus(SHORT * 100)
-    started = time.monotonic()
+    tokenizer = Bytes()
     with pytest.raises(ValueError, match="found 0 among 3000 documents; use sampling: packed"):
-        C4Calibration(128, 2048).windows(Bytes(), 0)
-    assert time.monotonic() - started < 2
+        C4Calibration(128, 2048).windows(tokenizer, 0)
+    assert tokenizer.seen == []
 
 
 def test_packed_is_whole_documents_end_to_end(corpus):
@@ -381,6 +391,19 @@ def test_packed_is_whole_documents_end_to_end(corpus):
     assert documents[:-1] != SHORT[: len(documents) - 1]
     with pytest.raises(ValueError, match=r"expected 99 window\(s\) of seqlen=20 tokens \(1980 tokens\), found"):
         C4Calibration(99, 20, "packed").windows(Bytes(), 0)
+
+
+def model_padding_with(token):
+    """A model as far as the check of windows asks for it, whose tokenizer pads with the end-of-text token."""
+    return SimpleNamespace(config=SimpleNamespace(pad_token_id=token, eos_token_id=token, bos_token_id=None))
+
+
+def test_packed_windows_that_begin_or_end_between_documents_are_not_padded(corpus):
+    corpus(SHORT * 3)
+    windows = C4Calibration(100, 7, "packed").windows(Bytes(), 0)
+    assert (windows[:, 0] == 3).any()
+    assert (windows[:, -1] == 3).any()
+    check_windows(windows, model_padding_with(3))
 
 
 @given(st.lists(st.integers()), st.integers(1, 10), st.integers())
@@ -432,6 +455,7 @@ def test_real_c4(local_data, no_hub, tokenizer, sampling):
         warnings.simplefilter("ignore")
         windows = source.windows(tokenizer, 0)
     assert windows.shape == (128, 1024)
+    check_windows(windows, model_padding_with(tokenizer.eos_token_id))
     # About 110 documents are that long, so `wanda` crops some twice, now and then at the same place.
     assert len(windows.unique(dim=0)) >= (128 if sampling == "packed" else 120)
     assert 0 <= windows.min() <= windows.max() < len(tokenizer)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from statistics import fmean
 
 import pytest
 import torch
@@ -68,17 +69,19 @@ def test_refining_finds_the_best_weights_on_the_allowed_support():
     torch.testing.assert_close(result.weight, weight, rtol=1e-3, atol=1e-4)
 
 
-def test_several_shots_are_nearly_as_good_as_one():
-    weight, gram = problem(2, out=48, inputs=64)
-    at_once = prune_layer(weight, gram, sparsity=0.6)
-    shots, seen = weight, []
-    for sparsity in (0.3, 0.5, 0.6):
-        shots = prune_layer(shots, gram, sparsity=sparsity, config=KEEP).weight
-        seen.append(shots == 0)
-    assert all((after | ~before).all() for before, after in pairwise(seen))
-    error = relative_error(weight, shots, scale_gram(gram))
-    assert error < 3 * at_once.relative_error
-    assert error < relative_error(weight, weight * (~seen[-1]), scale_gram(gram))
+def test_several_shots_are_as_good_as_one():
+    """Over four layers the errors differ by less than 3 %. Without refining it is 10 %, and Wanda's are 3.7-fold."""
+    ratios = []
+    for seed in range(4):
+        weight, gram = problem(seed, out=48, inputs=64)
+        at_once = prune_layer(weight, gram, sparsity=0.6)
+        shots, seen = weight, []
+        for sparsity in (0.3, 0.5, 0.6):
+            shots = prune_layer(shots, gram, sparsity=sparsity, config=KEEP).weight
+            seen.append(shots == 0)
+        assert all((after | ~before).all() for before, after in pairwise(seen))
+        ratios.append(relative_error(weight, shots, scale_gram(gram)) / at_once.relative_error)
+    assert fmean(ratios) == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
