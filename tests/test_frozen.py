@@ -3,7 +3,8 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import DataLoader
@@ -288,3 +289,167 @@ def test_a_module_that_steps_twice_a_batch(sparse):
 
     masks = masks_of(sparse)
     trainer(FrozenSparsity(), gradient_clip_val=None, max_steps=10).fit(Manual(sparse))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_module_that_clips_by_itself(sparse, tiny_llama, accumulate):
+    """The norm by which gradients are clipped is that of the weights that are trained."""
+
+    class Clipping(Module):
+        def __init__(self, model):
+            super().__init__(model)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer, loss = self.optimizers(), loss_of(self.lm, batch[0])
+            self.losses.append(float(loss.detach()))
+            self.manual_backward(loss / accumulate)
+            if (batch_idx + 1) % accumulate == 0:
+                self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+                optimizer.step()
+                optimizer.zero_grad()
+
+    other = copy_of(sparse, tiny_llama)
+    masks, start = masks_of(sparse), {n: p.detach().clone() for n, p in sparse.named_parameters()}
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.5)  # noqa: E731
+    expected = reference(other, sgd, BATCHES[: 10 * accumulate], clip=0.1, accumulate=accumulate)
+    module = Clipping(sparse)
+    module.optimizer_of = sgd
+    trainer(FrozenSparsity(), max_steps=10, gradient_clip_val=None).fit(module)
+    check(sparse, masks, start)
+    assert module.losses == pytest.approx(expected, rel=1e-5)
+    for (parameter, weight), twin in zip(sparse.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, twin * masks.get(parameter, 1), rtol=1e-4, atol=1e-6)
+
+
+class Clock(Callback):
+    """Something done in the middle of a fit, after a number of steps."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if trainer.global_step == self.step:
+            self.action(trainer, pl_module)
+
+
+def test_moments_of_weights_that_are_frozen_later_are_zero(sparse):
+    """More zeros in the middle of a fit: Adam remembers what it knew of them, unless it is made to forget."""
+    frozen, weight = FrozenSparsity(), sparse.model.layers[0].mlp.up_proj.weight
+
+    def more_zeros(trainer, pl_module):
+        weight.data[:20] = 0
+        assert trainer.optimizers[0].state[weight]["exp_avg"][:20].any()
+        frozen.freeze(trainer, pl_module)
+
+    fit = trainer(frozen, Clock(5, more_zeros), max_steps=7)
+    fit.fit(Module(sparse))
+    (optimizer,) = fit.optimizers
+    for layer, kept in frozen.frozen.kept.items():
+        held = sparse.get_submodule(layer).weight
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not optimizer.state[held][moment][kept == 0].any(), layer
+            assert optimizer.state[held][moment][kept == 1].any(), layer
+    assert not weight[:20].any()
+
+
+def test_zeros_are_verified_after_each_epoch(sparse):
+    def regrow(trainer, pl_module):
+        # The optimizer does not see it: the weights are masked after its steps only.
+        pl_module.trainer.optimizers[0].register_step_post_hook(
+            lambda *_: pl_module.lm.model.layers[1].mlp.up_proj.weight.data.add_(1e-3)
+        )
+
+    fit = trainer(FrozenSparsity(), Clock(2, regrow), max_steps=-1, max_epochs=3, limit_train_batches=4)
+    with pytest.raises(MisconfigurationException, match="zeros were lost in 1 layers"):
+        fit.fit(Module(sparse))
+    assert fit.global_step == 4
+
+
+class Averaging(WeightAveraging):
+    """Leaves what its `average` makes of the weights, after all other callbacks."""
+
+    def __init__(self, average):
+        super().__init__()
+        self.average = average
+
+    def on_train_end(self, trainer, pl_module):
+        super().on_train_end(trainer, pl_module)
+        self.average(pl_module.lm.model.layers[0].mlp.up_proj.weight.data)
+
+
+def test_what_averages_leave_is_verified(sparse):
+    masks = masks_of(sparse)
+    trainer(FrozenSparsity(), Averaging(lambda weight: weight), max_steps=3).fit(Module(sparse))
+    assert all(not p[~masks[name]].any() for name, p in sparse.named_parameters() if name in masks)
+    with pytest.raises(MisconfigurationException, match="zeros were lost in 1 layers"):
+        trainer(FrozenSparsity(), Averaging(lambda weight: weight.add_(1e-3)), max_steps=3).fit(Module(sparse))
+
+
+@pytest.fixture
+def checkpoint(sparse, tiny_llama, tmp_path):
+    """A checkpoint from within a sparse fit, and its file."""
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=2)
+    trainer(FrozenSparsity(), saved, max_steps=2).fit(Module(copy_of(sparse, tiny_llama)))
+    return torch.load(saved.best_model_path, weights_only=True), tmp_path / "changed.ckpt"
+
+
+def test_a_checkpoint_holds_the_number_of_zeros_and_no_masks(sparse, checkpoint):
+    zeros = sum(int((~mask).sum()) for mask in masks_of(sparse).values())
+    assert checkpoint[0]["callbacks"]["FrozenSparsity"] == {"zeros": zeros}
+
+
+def test_a_checkpoint_whose_weights_lost_zeros_is_refused(sparse, checkpoint):
+    stored, path = checkpoint
+    weight, state = stored["state_dict"]["lm.model.layers.0.mlp.up_proj.weight"], stored["callbacks"]["FrozenSparsity"]
+    row, column = (weight == 0).nonzero()[0]
+    weight[row, column] = 1e-6
+    torch.save(stored, path)
+    module = Module(sparse)
+    message = rf"written with {state['zeros']:,} zeros, but its weights have {state['zeros'] - 1:,}"
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(FrozenSparsity(), max_steps=4).fit(module, ckpt_path=path)
+    assert not module.losses
+
+
+def test_a_checkpoint_without_frozen_zeros_is_loaded_with_a_warning(sparse, checkpoint, recwarn):
+    stored, path = checkpoint
+    masks, counted = masks_of(sparse), stored["callbacks"].pop("FrozenSparsity")
+    torch.save(stored, path)
+    frozen = FrozenSparsity()
+    with pytest.warns(UserWarning, match="not written with frozen zeros"):
+        trainer(frozen, max_steps=4).fit(Module(sparse), ckpt_path=path)
+    assert frozen.state_dict() == counted
+    assert all(not p[~masks[name]].any() for name, p in sparse.named_parameters() if name in masks)
+    stored["callbacks"]["FrozenSparsity"] = counted
+    torch.save(stored, path)
+    recwarn.clear()
+    trainer(FrozenSparsity(), max_steps=4).fit(Module(sparse), ckpt_path=path)
+    assert not [warning for warning in recwarn if "not written with frozen zeros" in str(warning.message)]
+
+
+def test_a_gradient_scaler(sparse, tiny_llama):
+    """float16 with a GradScaler: clipping sees unscaled gradients, and steps with infinite ones are left out."""
+    other, scale = copy_of(sparse, tiny_llama), 2.0**30
+    masks, start = masks_of(sparse), {n: p.detach().clone() for n, p in sparse.named_parameters()}
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.5)  # noqa: E731
+    scaler, optimizer = torch.amp.GradScaler("cpu", scale), sgd(other.parameters())
+    for batch in BATCHES[:25]:
+        effective = {n: p * masks[n] if n in masks else p for n, p in other.named_parameters()}
+        with torch.autocast("cpu", torch.half, cache_enabled=False):
+            loss = loss_of(other, batch, effective)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() < scale  # some steps were left out
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))
+    settings = {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 25, "gradient_clip_val": 0.1}
+    trainer(FrozenSparsity(), plugins=[precision], **settings).fit(Module(sparse, sgd))
+    assert precision.scaler.get_scale() == scaler.get_scale()
+    check(sparse, masks, start)
+    for (name, weight), twin in zip(sparse.named_parameters(), other.parameters(), strict=True):
+        moved, expected = weight - start[name], twin * masks.get(name, 1) - start[name]
+        assert (moved - expected).norm() < 0.02 * expected.norm(), name

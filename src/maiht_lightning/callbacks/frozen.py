@@ -94,6 +94,11 @@ class FrozenSparsity(Callback):
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._mask_weights()))
         rank_zero_info(f"FrozenSparsity: {self.frozen.count:,} zeros in {len(self.frozen.kept)} layers stay zero")
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mask the gradients where the module clips them by itself, which is before the next hook."""
+        if self.frozen is not None and not pl_module.automatic_optimization:
+            self.frozen.apply_to_gradients()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients; Lightning clips them after this."""
         if self.frozen is not None:
