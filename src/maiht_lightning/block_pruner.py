@@ -34,11 +34,13 @@ class PruningReport:
         layers: One record a linear layer, in the order of the blocks.
         capture_seconds: Wall-clock time of the forward passes and Gram matrices.
         solve_seconds: Wall-clock time of the solver.
+        resumed: Blocks that came finished from the journal; their work is in none of the two times.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)
     capture_seconds: float = 0.0
     solve_seconds: float = 0.0
+    resumed: int = 0
 
     @property
     def seconds(self) -> float:
@@ -93,6 +95,7 @@ class BlockPruner:
             self._show(index, "from the journal")
             self.bar.update(len(done[0]))
             self.report.capture_seconds += time.perf_counter() - start
+            self.report.resumed += 1
             return done
         self._show(index, "Gram matrices")
         groups, owners = self._capture(block, index)

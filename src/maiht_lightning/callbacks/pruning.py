@@ -290,7 +290,7 @@ class MAIHTPruning(Callback):
         if trainer.loggers and trainer.world_size == 1:
             self.summary.predicted = self._predict(find_language_model(pl_module, self.model))
         self._measure("pruned", trainer, pl_module)
-        self._output(trainer).finish_pruning(report.layers)
+        self._output(trainer).finish_pruning(report)
         self._settle(pl_module, trainer, back=True)
 
     def _shoot(self, trainer: Trainer, pl_module: LightningModule) -> PruningReport:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
+from ..block_pruner import PruningReport
 from ..export import save_compact, save_model
 from ..journal import LayerRecord
 from ..reporting.environment import environment
@@ -84,18 +85,29 @@ class RunOutput:
         if self.trainer.is_global_zero:
             log_stage(self.trainer.loggers, stage, found, self.trainer.global_step)
 
-    def finish_pruning(self, records: list[LayerRecord]) -> None:
+    def finish_pruning(self, report: PruningReport) -> None:
         """Write and log the pruned layers, then the report."""
         if self.trainer.is_global_zero:
-            write_layers(self.folder, records)
-            finish_pruning(self.trainer.loggers, self.summary, records, self.trainer.global_step)
-            self._report(records)
+            write_layers(self.folder, report.layers)
+            finish_pruning(
+                self.trainer.loggers, self.summary, report.layers, self._rates(report), self.trainer.global_step
+            )
+            self._report(report.layers)
 
     def finish_finetuning(self, records: list[LayerRecord]) -> None:
         """Log what the fine-tuned model has come to, then write the report anew."""
         if self.trainer.is_global_zero:
             log_finetuned(self.trainer.loggers, self.summary, self.trainer.global_step)
             self._report(records)
+
+    def _rates(self, report: PruningReport) -> dict[str, float]:
+        """TFLOP/s by phase: what was predicted for a pruning, over the seconds of this one where it did just that."""
+        if report.resumed or self.settings["config"]["tolerance"]:
+            # Blocks from the journal took no time here, and a solver that stops early leaves iterations out.
+            return {}
+        # Not the summary's, which are those of all shots.
+        seconds = {"capture": report.capture_seconds, "solve": report.solve_seconds}
+        return {phase: found["flops"] / seconds[phase] / 1e12 for phase, found in self.summary.predicted.items()}
 
     def _report(self, records: list[LayerRecord]) -> None:
         figures = write_report(self.folder, self.summary, records, self.settings)

@@ -63,8 +63,14 @@ def log_stage(loggers: Sequence[Logger], name: str, stage: dict[str, Any], globa
         _each(loggers, lambda logger: logger.log_metrics(metrics, step=global_step))
 
 
-def finish_pruning(loggers: Sequence[Logger], summary: Summary, records: list[LayerRecord], global_step: int) -> None:
-    """Log the counted sparsity, times and memory, and once the tables of layers and tasks."""
+def finish_pruning(
+    loggers: Sequence[Logger],
+    summary: Summary,
+    records: list[LayerRecord],
+    tflops: dict[str, float],
+    global_step: int,
+) -> None:
+    """Log the counted sparsity, times, memory and TFLOP/s by phase, and once the tables of layers and tasks."""
     columns, rows = task_table(summary.stages)
 
     def finish(logger: Logger) -> None:
@@ -72,10 +78,9 @@ def finish_pruning(loggers: Sequence[Logger], summary: Summary, records: list[La
             "pruned/sparsity": summary.measured_sparsity,
             **{f"seconds/{phase}": seconds for phase, seconds in summary.seconds.items()},
             "peak_memory_bytes": float(summary.peak_memory_bytes),
+            **{f"predicted/{phase}_seconds": found["seconds"] for phase, found in summary.predicted.items()},
+            **{f"tflops/{phase}": rate for phase, rate in tflops.items()},
         }
-        for phase, found in summary.predicted.items():
-            metrics[f"predicted/{phase}_seconds"] = found["seconds"]
-            metrics[f"tflops/{phase}"] = found["flops"] / summary.seconds[phase] / 1e12
         logger.log_metrics(metrics, step=global_step)
         if isinstance(logger, WandbLogger):
             logger.log_table("prune/layers", columns=list(LAYER_COLUMNS), data=layer_rows(records))
