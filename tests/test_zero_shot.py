@@ -333,6 +333,20 @@ def test_local_examples_come_from_train_if_it_is_there(data_dir, tmp_path, monke
     assert not load_tasks(["boolq"])["boolq"].has_training_docs()  # nor is it read where it is not needed
 
 
+def test_a_task_that_fixes_no_examples_keeps_it(long_llama, tokenizer, local_data, no_hub, tmp_path, monkeypatch):
+    import lm_eval.tasks
+
+    registered = module._task_manager(["arc_easy"]).task_index["arc_easy"].yaml_path
+    fixed = {"include": str(registered), "task": "arc_easy", "num_fewshot": 0}
+    (tmp_path / "arc_easy.yaml").write_text(json.dumps(fixed))
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=tmp_path)
+    monkeypatch.setattr(module, "_task_manager", lambda names: manager)
+    tasks = load_tasks(["arc_easy"], num_fewshot=2)
+    zero_shot(long_llama, tokenizer, tasks, limit=2, progress=False)
+    prompts = [instance.args[0] for instance in tasks["arc_easy"].instances]
+    assert {prompt.count("Question:") for prompt in prompts} == {1}
+
+
 @pytest.fixture
 def fake_hub(data_dir, monkeypatch):
     """`datasets.load_dataset` answers from the local copies; gives the list of what was asked."""

@@ -29,7 +29,7 @@ class CalibrationSource(ABC):
             seqlen: The length that suits the model; a source with a length of its own may prefer that.
 
         Returns:
-            ``(samples, seqlen)``, int64, the same at each call.
+            ``(samples, seqlen)``, int64, the same at each call. Each window is whole: padding would count as text.
         """
 
 
