@@ -220,6 +220,9 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     if job.method in ("sparsegpt", "admm"):
         # Factorising and inverting the Gram matrix.
         flops += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
+    if job.method == "sparsegpt":
+        # Updates of the columns in later blocks of columns: the small layers that are counted have one block.
+        flops += shape.blocks * sum(1.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
     moved = shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
     rates = {"float32": device.single, "tf32": device.tf32, "float64": device.single / 2}
     seconds = flops / rates[job.config.precision] + moved / device.bandwidth
