@@ -322,6 +322,35 @@ def test_a_module_that_clips_by_itself(sparse, tiny_llama, accumulate):
         torch.testing.assert_close(weight, twin * masks.get(parameter, 1), rtol=1e-4, atol=1e-6)
 
 
+class Restless(torch.optim.SGD):
+    """Moves weights that have no gradient, as an optimizer with noise or with moments in places of its own does."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(1e-3)
+        return loss
+
+
+def test_an_optimizer_that_moves_every_weight(sparse):
+    masks, start = masks_of(sparse), {n: p.detach().clone() for n, p in sparse.named_parameters()}
+    seen = []
+
+    def step(trainer, pl_module):
+        seen.append(all(not p[~masks[name]].any() for name, p in sparse.named_parameters() if name in masks))
+
+    restless = lambda parameters: Restless(parameters, lr=1e-3)  # noqa: E731
+    trainer(FrozenSparsity(), Clock(2, step), max_steps=3).fit(Module(sparse, restless))
+    assert seen == [True]
+    check(sparse, masks, start)
+    optimizer = restless(sparse.parameters())
+    with freeze(sparse):
+        loss_of(sparse, BATCHES[0]).backward()
+        optimizer.step()
+        check(sparse, masks, start)
+
+
 class Clock(Callback):
     """Something done in the middle of a fit, after a number of steps."""
 

@@ -1,5 +1,6 @@
 """Pruning in the middle of a fit, in several shots, and the sparse fine-tune that follows a fit."""
 
+import copy
 import json
 from itertools import pairwise
 
@@ -10,11 +11,12 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
-from maiht_lightning import FrozenSparsity, MAIHTPruning, SparseFinetune, sparse_finetune
+from maiht_lightning import Distillation, FrozenSparsity, MAIHTPruning, SparseFinetune, prune, sparse_finetune
 from maiht_lightning.callbacks.schedule import Shot, parse_schedule
-from maiht_lightning.evaluation.settings import Evaluation
 from maiht_lightning.sparsity import count_zeros
 from own_module import NoTokenizer, OwnModule, Windows, trainer
+from sharp_model import sharpen
+from test_distillation import definition
 
 # Many short fits: several seconds in all.
 pytestmark = pytest.mark.slow
@@ -26,11 +28,12 @@ def module(tiny_llama):
         def __init__(self, model):
             super().__init__(model)
             self.learning_rate = 1e-3
-            self.sparsities = []
+            self.sparsities, self.losses = [], []
 
         def training_step(self, batch, batch_idx):
             self.sparsities.append(sparsity(self))
             loss = super().training_step(batch, batch_idx)
+            self.losses.append(float(loss.detach()))
             self.log("loss", loss)
             return loss
 
@@ -55,7 +58,9 @@ def sparsity(module):
 
 
 def pruning(tmp_path, **settings):
-    return MAIHTPruning(calibration=Windows(), output_dir=str(tmp_path / "run"), method="wanda", **settings)
+    return MAIHTPruning(
+        **{"calibration": Windows(), "output_dir": str(tmp_path / "run"), "method": "wanda", **settings}
+    )
 
 
 def stages(tmp_path):
@@ -121,7 +126,9 @@ def test_the_rest_of_the_fit_keeps_the_zeros(module, text, tmp_path, prune_at, d
     assert min(seconds[phase] for phase in ("fit", "finetune", "capture", "solve", "evaluate")) > 0
 
 
-def test_in_several_shots_zeros_only_grow(module, text, tmp_path):
+@pytest.mark.parametrize("method", ["wanda", "maiht", "aiht", "iht", "sparsegpt", "admm"])
+def test_in_several_shots_zeros_only_grow(module, text, tmp_path, method):
+    """Also with methods that change the weights, which would choose others if nobody told them."""
     seen = []
 
     class Zeros(Callback):
@@ -129,8 +136,9 @@ def test_in_several_shots_zeros_only_grow(module, text, tmp_path):
             seen.append({n: p == 0 for n, p in module.net["lm"].named_parameters() if "_proj" in n})
 
     schedule = {"epoch:1": 0.3, "epoch:2": 0.5, "end": 0.6}
-    trainer(pruning(tmp_path, prune_at=schedule), Zeros(), max_epochs=3).fit(module)
-    assert module.sparsities == [0.0] * 4 + [0.3] * 4 + [0.5] * 4
+    fit = trainer(pruning(tmp_path, prune_at=schedule, method=method), Zeros(), max_epochs=3, limit_train_batches=2)
+    fit.fit(module)
+    assert module.sparsities == [0.0] * 2 + [0.3] * 2 + [0.5] * 2
     assert sparsity(module) == 0.6
     seen.append({n: p == 0 for n, p in module.net["lm"].named_parameters() if "_proj" in n})
     for before, after in pairwise(seen):
@@ -205,6 +213,68 @@ def test_resumed_before_at_and_after_the_pruning(module, text, tiny_llama, tmp_p
     assert list(stages(tmp_path)) == ["dense", "pruned", "finetuned"]
 
 
+def without_a_folder(root, *callbacks, **settings):
+    """A Trainer whose pruning is told no folder, and that pruning."""
+    callback = MAIHTPruning(calibration=Windows(), method="wanda", prune_at="step:6", **settings)
+    return trainer(callback, *callbacks, max_epochs=3, enable_checkpointing=True, default_root_dir=root), callback
+
+
+@pytest.fixture
+def broken_run(module, text, tiny_llama, tmp_path):
+    """The folder of a run with checkpoints at each step, and a function that makes a module to go on with."""
+    saved = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit, callback = without_a_folder(tmp_path, saved)
+    fit.fit(module)
+    (callback.output_dir / "model_finetuned").rename(tmp_path / "finetuned")
+
+    def another():
+        again = type(module)(tiny_llama(vocab_size=64, seed=5).train())
+        again.tokenizer = NoTokenizer()
+        return again
+
+    return callback.output_dir, another
+
+
+def test_resumed_after_the_pruning_in_the_folder_of_the_run(broken_run, tmp_path):
+    folder, another = broken_run
+    fit, callback = without_a_folder(tmp_path)
+    fit.fit(another(), ckpt_path=tmp_path / "ckpt" / "step=8.ckpt")
+    assert callback.output_dir == folder
+    assert list((tmp_path / "runs").iterdir()) == [folder]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["stages"]) == ["dense", "pruned", "finetuned"]
+    assert len(callback.report.layers) == 14
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / "finetuned"), fit.lightning_module.net["lm"])
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model_finetuned")
+    for one, two, three in zip(whole.parameters(), resumed.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_a_resumed_fit_verifies_the_zeros_of_the_pruning(broken_run, tmp_path):
+    class Regrow(Callback):
+        def on_fit_end(self, trainer, pl_module):
+            pl_module.net["lm"].model.layers[1].mlp.up_proj.weight.data += 1e-3
+
+    _, another = broken_run
+    fit, _ = without_a_folder(tmp_path)
+    fit.callbacks.insert(0, Regrow())
+    with pytest.raises(MisconfigurationException, match=r"1 pruned layers lost zeros .*layers\.1\.mlp\.up_proj"):
+        fit.fit(another(), ckpt_path=tmp_path / "ckpt" / "step=9.ckpt")
+
+
+@pytest.mark.parametrize(("at", "given"), [(9, "other"), (4, None)])
+def test_a_folder_that_is_given_wins_and_a_dense_checkpoint_begins_another(broken_run, tmp_path, at, given):
+    folder, another = broken_run
+    before = (folder / "summary.json").read_text()
+    fit, callback = without_a_folder(tmp_path, output_dir=given and str(tmp_path / given))
+    fit.fit(another(), ckpt_path=tmp_path / "ckpt" / f"step={at}.ckpt")
+    assert callback.output_dir != folder
+    assert callback.output_dir.name == given or callback.output_dir.parent == folder.parent
+    assert (callback.output_dir / "model_finetuned" / "config.json").exists()
+    assert (folder / "summary.json").read_text() == before
+
+
 # ---- A second fit
 
 
@@ -252,13 +322,92 @@ def test_it_is_refused_where_nothing_was_pruned(module, text, tmp_path):
         sparse_finetune(fit, module, SparseFinetune(max_steps=1, distillation=0.5))
 
 
-def test_distillation_from_the_model_before_the_pruning(module, text, tmp_path):
+def test_what_cannot_be_done_changes_nothing(module, text, tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    callback = pruning(tmp_path)
+    fit = trainer(callback, checkpoints, max_epochs=1, enable_checkpointing=True)
+    fit.fit(module)
+
+    def state():
+        return (module.learning_rate, fit.max_epochs, fit.max_steps, len(fit.callbacks), callback.earlier), {
+            name: getattr(checkpoints, name) for name in ("dirpath", "best_model_path", "last_model_path")
+        }
+
+    before = state()
+    for impossible in ({"warmup_fraction": 0.1}, {"distillation": 0.5}):
+        with pytest.raises(MisconfigurationException):
+            sparse_finetune(fit, module, SparseFinetune(max_epochs=2, learning_rate=0.5, **impossible))
+        assert state() == before
+    fit.callbacks.insert(0, EMAWeightAveraging())
+    with pytest.raises(MisconfigurationException, match="from before the pruning into those from after it"):
+        sparse_finetune(fit, module, SparseFinetune(max_epochs=2, learning_rate=0.5))
+    del fit.callbacks[0]
+    assert state() == before
+
+
+def by_hand(student, dense, batches, rate, weight, temperature):
+    """A plain loop that keeps the student's zeros and distils from the dense model. Returns the losses."""
+    masks = {name: p != 0 for name, p in student.named_parameters() if "_proj" in name}
+    optimizer, losses = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.1), []
+    for batch in batches:
+        output = student(input_ids=batch, labels=batch)
+        with torch.no_grad():
+            target = dense(input_ids=batch).logits
+        loss = (1 - weight) * output.loss + weight * definition(output.logits, target, batch, temperature)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        for name, mask in masks.items():
+            student.get_parameter(name).grad *= mask
+        optimizer.step()
+        for name, mask in masks.items():
+            student.get_parameter(name).data *= mask
+    return losses
+
+
+def test_each_second_fit_distils_as_it_was_asked_to(module, text, tmp_path):
+    """From the model before the pruning, with this weight and temperature, or not at all; one after the other."""
+    sharpen(module.net["lm"])
+    fit = trainer(pruning(tmp_path, sparsity=0.8, save_dense=True))
+    fit.fit(module)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model_dense")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    student.train()
+    batches = list(module.train_dataloader())
+    for rate, weight, temperature in ((1e-3, 0.3, 2.0), (2e-3, 0.0, 1.0), (5e-4, 0.8, 1.0), (1e-3, 1.0, 0.5)):
+        module.losses.clear()
+        others = [
+            by_hand(copy.deepcopy(student), dense, batches, *other)[0]
+            for other in ((rate, weight + 0.1, temperature), (rate, weight, 2 * temperature))
+        ]
+        start = copy.deepcopy(student)
+        expected = by_hand(student, dense, batches, rate, weight, temperature)
+        settings = SparseFinetune(max_epochs=1, learning_rate=rate, distillation=weight, temperature=temperature)
+        sparse_finetune(fit, module, settings)
+        assert module.losses == pytest.approx(expected, rel=1e-4)
+        assert module.losses[0] != pytest.approx(others[0], rel=1e-2)
+        assert (module.losses[0] != pytest.approx(others[1], rel=1e-3)) == (weight > 0)
+        for name, mine in module.net["lm"].named_parameters():
+            # Not entry by entry: where a gradient is almost 0, rounding decides about the sign of AdamW's first step.
+            moved, by_loop = (of.detach() - start.get_parameter(name) for of in (mine, student.get_parameter(name)))
+            assert (moved - by_loop).norm() < 0.01 * by_loop.norm(), name
+        student.load_state_dict(module.net["lm"].state_dict())
+    assert not [callback for callback in fit.callbacks if isinstance(callback, Distillation)]
+
+
+def test_an_error_in_a_distilled_fit_leaves_no_distillation(module, text, tmp_path):
     fit = trainer(pruning(tmp_path, save_dense=True))
     fit.fit(module)
-    sparse_finetune(fit, module, SparseFinetune(max_steps=4, distillation=0.5, temperature=2.0))
-    assert sparsity(module) == 0.5
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model_dense")
-    assert not any(count.zeros for count in count_zeros(dense))
+    kinds = [type(callback) for callback in fit.callbacks]
+
+    def fail(*_):
+        assert Distillation in map(type, fit.callbacks)
+        raise RuntimeError("out of luck")
+
+    module.on_train_batch_start = fail
+    with pytest.raises(RuntimeError, match="out of luck"):
+        sparse_finetune(fit, module, SparseFinetune(max_steps=1, distillation=0.5))
+    assert [type(callback) for callback in fit.callbacks if type(callback) is not FrozenSparsity] == kinds
 
 
 @pytest.mark.parametrize(
@@ -287,6 +436,35 @@ def test_with_frozen_sparsity_a_pruned_model_is_not_pruned_again(module, text, t
     assert (tmp_path / "again" / "model_finetuned" / "config.json").exists()
 
 
+def fits(weight, pattern):
+    """Whether a weight (out, in) has the zeros of a pattern at 50 %, by its definition."""
+    rows, columns = weight.shape
+    size = {"unstructured": rows * columns, "row": columns, "2:4": 4}[pattern]
+    return all(2 * int((unit == 0).sum()) >= size for unit in weight.reshape(-1, size))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "pruned_again"),
+    [
+        ("unstructured", "2:4", True),
+        ("unstructured", "row", True),
+        ("row", "2:4", True),
+        ("2:4", "2:4", False),
+        ("row", "row", False),
+        ("2:4", "unstructured", False),
+    ],
+)
+def test_zeros_of_another_pattern_are_not_those_asked_for(module, text, tmp_path, given, wanted, pruned_again):
+    model = module.net["lm"]
+    prune(model, Windows().windows(None, 32), pattern=given, method="wanda", progress=False)
+    model.train()
+    weights = [p for name, p in model.named_parameters() if "_proj" in name]
+    assert any(not fits(weight, wanted) for weight in weights) == pruned_again
+    trainer(FrozenSparsity(), pruning(tmp_path, pattern=wanted), limit_train_batches=1).fit(module)
+    assert all(fits(weight, wanted) for weight in weights)
+    assert list(stages(tmp_path)) == (["dense", "pruned"] if pruned_again else ["pruned", "finetuned"])
+
+
 def test_a_dense_checkpoint_loaded_afterwards_is_warned_of(module, text, tmp_path):
     checkpoints = ModelCheckpoint(tmp_path / "ckpt")
     fit = trainer(pruning(tmp_path), checkpoints, enable_checkpointing=True)
@@ -303,7 +481,3 @@ def test_a_dense_checkpoint_given_to_frozen_sparsity_is_warned_of(module, text, 
         pytest.raises(MisconfigurationException, match="no zeros to freeze"),
     ):
         trainer(FrozenSparsity(), max_epochs=2).fit(module, ckpt_path=checkpoints.best_model_path)
-
-
-def test_evaluation_is_what_was_asked_for(module, tmp_path):
-    assert MAIHTPruning(evaluation=Evaluation(perplexity=[])).evaluation.perplexity == []

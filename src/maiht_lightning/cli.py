@@ -25,7 +25,7 @@ from .commands import COMMANDS
 # Imported so that their classes can be given by name alone, as in `--data WikiText2DataModule`.
 from .data import c4, python_docs, wikitext2  # noqa: F401
 from .module import CausalLMModule
-from .recovery import SparseFinetune, saved_phase, sparse_finetune
+from .recovery import SparseFinetune, saved_phase, saved_pruning, sparse_finetune
 from .reporting.loggers import log_settings
 from .reporting.run_folder import fresh_run_folder
 
@@ -165,8 +165,10 @@ class MAIHTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Put the run and its loggers into the run's folder."""
         config = self.config[self.subcommand]
-        going_on = saved_phase(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path else None
-        folder = config.output_dir or (going_on or {}).get("output_dir") or _folder_of_all_processes()
+        saved = saved_pruning(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path else None
+        # A fit that goes on after its pruning does so in the folder in which that left its report.
+        going_on = saved["output_dir"] if saved and saved["done"] else None
+        folder = config.output_dir or going_on or _folder_of_all_processes()
         if config.sparse_finetune.distillation:
             config.pruning.save_dense = True
         config.output_dir = config.trainer.default_root_dir = config.pruning.output_dir = folder

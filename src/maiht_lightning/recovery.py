@@ -1,5 +1,7 @@
 """`sparse_finetune`: a second fit after the pruning, in the same run, with the zeros frozen."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -7,12 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .callbacks.distillation import Distillation
 from .callbacks.pruning import MAIHTPruning
-from .callbacks.trainer import find_callback
+from .callbacks.trainer import check_trainer, find_callback
 from .callbacks.watchers import start_over
 from .data.calibration import check_at_least
 
@@ -81,7 +84,8 @@ def sparse_finetune(
         ckpt_path: A checkpoint of such a fit, which goes on from there.
 
     Raises:
-        MisconfigurationException: Nothing was pruned yet, or the module has no such attribute.
+        MisconfigurationException: Nothing was pruned yet, the module has no such attribute, or there is no model to
+            distil from; raised before anything is changed.
 
     Example::
 
@@ -95,64 +99,84 @@ def sparse_finetune(
             "sparse_finetune needs a Trainer with MAIHTPruning, and max_epochs or max_steps"
         )
     state = None if ckpt_path is None else saved_phase(ckpt_path)
-    if state is not None:
-        pruning.load_state_dict(state)
-        if pruning.output_dir is None:
-            pruning.output_dir = Path(state["output_dir"])
-    elif not pruning.pruned or ckpt_path is not None:
+    if state is None and (not pruning.pruned or ckpt_path is not None):
         raise MisconfigurationException(
             "sparse_finetune continues a Trainer whose fit has pruned the model, or a checkpoint that it has written "
             f"itself, but found {ckpt_path or 'a Trainer that has pruned nothing'}"
         )
-    assert pruning.output_dir is not None
-    _configure(module, settings)
-    if state is None:
+    check_trainer(trainer, pruning, trains_on=True)
+    folder = Path(state["output_dir"]) if state and pruning.output_dir is None else pruning.output_dir
+    assert folder is not None  # set when the model was pruned
+    changed = _attributes(module, settings)
+    distillation = _distillation(folder, pruning.model, settings)
+    # All is checked: from here on things are changed.
+    if state is not None:
+        pruning.load_state_dict(state)
+    else:
         pruning.earlier = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     assert pruning.earlier is not None
     epochs, steps = pruning.earlier["epochs"], pruning.earlier["steps"]
+    for name, value in changed.items():
+        setattr(module, name, value)
     if hasattr(module, "earlier_steps"):
         module.earlier_epochs, module.earlier_steps = epochs, steps  # type: ignore[assignment]
     trainer.fit_loop.max_epochs = -1 if settings.max_epochs is None else epochs + settings.max_epochs
     trainer.fit_loop.epoch_loop.max_steps = -1 if settings.max_steps is None else steps + settings.max_steps
     trainer.should_stop = False
-    start_over(trainer, pruning.output_dir / "sparse_checkpoints")
-    _distil(trainer, pruning, settings)
+    start_over(trainer, folder / "sparse_checkpoints")
     rank_zero_info(f"Fine-tuning the pruned model with its zeros frozen, from step {trainer.global_step or steps}")
-    trainer.fit(module, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+    with _added_after(trainer, pruning, distillation):
+        trainer.fit(module, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
 
-def saved_phase(ckpt_path: str) -> dict[str, Any] | None:
-    """What a checkpoint says of the sparse fine-tune that has written it; None if it is of another fit."""
+def saved_pruning(ckpt_path: str) -> dict[str, Any] | None:
+    """What a checkpoint says of the pruning in its fit; None if it says nothing or is no file."""
     if not Path(ckpt_path).is_file():
         return None
     # Mapped: the weights are not read here.
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-    state = checkpoint.get("callbacks", {}).get(MAIHTPruning.__qualname__)
+    return checkpoint.get("callbacks", {}).get(MAIHTPruning.__qualname__)
+
+
+def saved_phase(ckpt_path: str) -> dict[str, Any] | None:
+    """What a checkpoint says of the sparse fine-tune that has written it; None if it is of another fit."""
+    state = saved_pruning(ckpt_path)
     return state if state and state["earlier"] else None
 
 
-def _configure(module: LightningModule, settings: SparseFinetune) -> None:
-    for name in ("learning_rate", "warmup_fraction"):
-        value = getattr(settings, name)
-        if value is None:
-            continue
+def _attributes(module: LightningModule, settings: SparseFinetune) -> dict[str, float]:
+    """The module's attributes that the settings change, all of them there."""
+    values = {name: getattr(settings, name) for name in ("learning_rate", "warmup_fraction")}
+    changed = {name: value for name, value in values.items() if value is not None}
+    for name, value in changed.items():
         if not hasattr(module, name):
             raise MisconfigurationException(
                 f"{name}={value} cannot be set: {type(module).__name__} has no attribute of that name, from which its "
                 f"configure_optimizers would take it"
             )
-        setattr(module, name, value)
+    return changed
 
 
-def _distil(trainer: Trainer, pruning: MAIHTPruning, settings: SparseFinetune) -> None:
+def _distillation(folder: Path, model: str | None, settings: SparseFinetune) -> Distillation | None:
+    """The callback that distils from the model as it was before the pruning, if that is asked for."""
     if not settings.distillation:
-        return
-    assert pruning.output_dir is not None
-    teacher = pruning.output_dir / "model_dense"
+        return None
+    teacher = folder / "model_dense"
     if not teacher.is_dir():
         raise MisconfigurationException(
             f"distillation needs the model from before the pruning in {teacher}: use MAIHTPruning(save_dense=True)"
         )
+    return Distillation(str(teacher), settings.distillation, settings.temperature, model)
+
+
+@contextmanager
+def _added_after(trainer: Trainer, pruning: MAIHTPruning, callback: Callback | None) -> Iterator[None]:
+    """One more callback for one fit, whatever becomes of it: the next one may be another."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    distillation = Distillation(str(teacher), settings.distillation, settings.temperature, pruning.model)
-    callbacks.insert(callbacks.index(pruning) + 1, distillation)
+    if callback is not None:
+        callbacks.insert(callbacks.index(pruning) + 1, callback)
+    try:
+        yield
+    finally:
+        if callback is not None:
+            callbacks.remove(callback)

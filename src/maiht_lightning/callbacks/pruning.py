@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import asdict, replace
-from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..block_pruner import PruningReport
-from ..capture import Place, check_place, find_blocks, find_linears, refuse_adapters, weight_of
+from ..capture import Place, check_place, find_blocks, find_linears, refuse_adapters, weight_of, whole_weight
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource, check_at_least
 from ..estimate.plan import Job
@@ -66,7 +65,8 @@ class MAIHTPruning(Callback):
         if training goes on after the pruning.
 
     Args:
-        sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) in each linear layer.
+        sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) in each linear layer for
+            `unstructured`, floor(sparsity · in) in each row for `row`; `N:M` fixes it.
         pattern: `unstructured` (compared within a layer), `row` (within an output row), or `N:M`, which keeps N
             of every M consecutive inputs.
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
@@ -245,9 +245,12 @@ class MAIHTPruning(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written."""
+        """Go on where the checkpoint was written, and in its run's folder, unless another is given."""
         self.done, self._pruned_step = state_dict["done"], state_dict["pruned_step"]
         self.earlier = state_dict["earlier"]
+        # Before the pruning there is nothing in the folder to go on with, and other settings make another run.
+        if self.output_dir is None and self.done and state_dict["output_dir"] is not None:
+            self.output_dir = Path(state_dict["output_dir"])
 
     # ---- The work, also for `maiht prune`
 
@@ -436,8 +439,14 @@ class MAIHTPruning(Callback):
         return self.done > 0 or self.shots[0].unit != "end"
 
     def _has_the_zeros(self, pl_module: LightningModule) -> bool:
-        counts = count_zeros(find_language_model(pl_module, self.model))
-        return all(count.zeros >= floor(self.pattern.sparsity * count.size) for count in counts)
+        blocks = find_blocks(find_language_model(pl_module, self.model))
+        linears = [linear for block in blocks.modules for linear in find_linears(block).values()]
+        return all(self._fits_the_pattern(whole_weight(linear)) for linear in linears)
+
+    def _fits_the_pattern(self, weight: Tensor) -> bool:
+        """Whether no unit of a weight (out, in) has more left than the pattern keeps."""
+        left = (self.pattern.units(weight) != 0).sum(1)
+        return bool((left <= self.pattern.kept(weight.shape)).all())
 
     def _lost(self, model: "PreTrainedModel") -> list[str]:
         records = [] if self.report is None else self.report.layers
