@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md")
 RESULTS = ROOT / "docs" / "results"
 FIGURE = ROOT / "docs" / "results-perplexity.png"
-SHORT = ("0.5", "0.7", "2:4")
 TASKS = {
     "boolq": "BoolQ",
     "rte": "RTE",
@@ -44,7 +43,7 @@ def named(setting: str) -> str:
     return setting if ":" in setting else f"{100 * float(setting):g} %"
 
 
-def methods(found: dict[str, Any], settings: tuple[str, ...] | None = None) -> str:
+def methods(found: dict[str, Any]) -> str:
     """A row a run: perplexity, accuracies where there are any, and the layers' mean relative error."""
     tasks = [task for task in TASKS if task in found["dense"].get("tasks", {})]
 
@@ -56,9 +55,8 @@ def methods(found: dict[str, Any], settings: tuple[str, ...] | None = None) -> s
     headings = ["setting", "method", "perplexity", *(TASKS[task] for task in tasks), *["mean"][: len(tasks)]]
     rows = [["dense", "", *cells(found["dense"]), ""]]
     for run in found["runs"]:
-        if settings is None or run["setting"] in settings:
-            label = [named(run["setting"]), method_name(run["method"])]
-            rows.append([*label, *cells(run), f"{run['mean_relative_error']:.4f}"])
+        label = [named(run["setting"]), method_name(run["method"])]
+        rows.append([*label, *cells(run), f"{run['mean_relative_error']:.4f}"])
     return table([*headings, "relative error"], rows, 2)
 
 
@@ -114,7 +112,6 @@ def recovery(found: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "methods": ("smollm2.json", methods),
-    "methods-short": ("smollm2.json", lambda found: methods(found, SHORT)),
     "ratios": ("smollm2.json", ratios),
     "solver-speed": ("solver_speed.json", speed),
     "solver-speed-large": ("solver_speed_large.json", speed),

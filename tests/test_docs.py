@@ -1,0 +1,589 @@
+"""README.md and docs/: their commands parse, their snippets run, what they name exists, and tables are the results'."""
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import jsonargparse
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+import maiht_lightning
+from maiht_lightning import cli, commands
+from maiht_lightning.solvers import METHODS, LayerSolver, parse_pattern
+from maiht_lightning.team import Team
+from own_module import OwnModule
+from small_texts import SCRIPTS, load_script, run_script, write_texts
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/results.md")
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+RESULTS = ROOT / "docs" / "results"
+
+
+def fenced(language):
+    """All fenced blocks of a language, with the page they stand on."""
+    return [
+        (page, match)
+        for page, text in TEXTS.items()
+        for match in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    ]
+
+
+def command_lines():
+    """The commands of the bash blocks, as lists of words, without variables set before them."""
+    found = []
+    for _, block in fenced("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words.pop(0)
+            if words:
+                found.append(words)
+    return found
+
+
+COMMANDS = command_lines()
+
+
+class Parsed(BaseException):
+    """Ends a command once its options are known to be right; not to be caught on the way."""
+
+
+def parse_only(parser_class, monkeypatch):
+    """Let parsers of a class parse as ever, and then stop."""
+    parse = parser_class.parse_args
+
+    def stop(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(parser_class, "parse_args", stop)
+
+
+# ---- Commands
+
+
+def test_there_are_commands_of_every_kind():
+    assert Counter(words[0] for words in COMMANDS).keys() == {"bash", "cp", "maiht", "python"}
+    assert {words[1] for words in COMMANDS if words[0] == "maiht"} == {
+        *commands.COMMANDS.keys() & {"evaluate", "report", "estimate", "export"},
+        "fit",
+        "prune",
+    }
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_is_one_that_its_program_takes(words, tmp_path, monkeypatch, capsys):
+    program, *arguments = words
+    if program == "bash":
+        assert (ROOT / arguments[0]).is_file()
+        return
+    if program == "cp":
+        assert arguments[0].startswith("runs/")
+        assert (ROOT / arguments[1]).parent.is_dir()
+        return
+    if program == "python":
+        assert (ROOT / arguments[0]).is_file()
+        parse_only(argparse.ArgumentParser, monkeypatch)
+        script = load_script(Path(arguments[0]).stem, monkeypatch)
+        if arguments[0] == "scripts/render_docs.py":
+            assert len(arguments) == 1
+            return
+        if hasattr(script, "maiht"):
+            # It hands all it is given, and its own options, to `maiht fit`.
+            monkeypatch.setattr(script, "fetch", lambda: "model.gguf")
+            monkeypatch.setattr(script, "maiht", lambda command: cli.main([*command, "--print_config"]))
+            with pytest.raises(SystemExit) as stopped:
+                run_script(script, monkeypatch, *arguments[1:])
+            assert not stopped.value.code, capsys.readouterr().err
+            return
+        with pytest.raises(Parsed):
+            run_script(script, monkeypatch, *arguments[1:])
+        return
+    # A file of one's own, whatever it holds.
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    own = tmp_path / "configs" / "smollm2_wikitext2.yaml"
+    shutil.copy(own, tmp_path / "run.yaml")
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(own) if word == "..." else word for word in arguments]
+    if arguments[0] in commands.COMMANDS:
+        parse_only(jsonargparse.ArgumentParser, monkeypatch)
+        with pytest.raises(Parsed):
+            cli.main(arguments)
+        return
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*arguments, "--print_config"])
+    assert not stopped.value.code, capsys.readouterr().err
+    if "--help" in arguments:
+        return
+    # Each option has come to stand where its name says.
+    config = yaml.safe_load(capsys.readouterr().out)
+    for name, value in pairwise(arguments):
+        if name.startswith("--") and name != "--config":
+            found = config
+            for part in name[2:].split("."):
+                found = found[part]
+            assert str(found) == str(yaml.safe_load(value)), name
+
+
+def test_a_misspelt_option_would_be_seen(tmp_path, monkeypatch, capsys):
+    """Guards the test above: a command that its program does not take fails it."""
+    for words in (["maiht", "evaluate", "--modell", "x"], ["python", "scripts/bench_frozen.py", "--modell", "x"]):
+        with pytest.raises(SystemExit) as stopped, monkeypatch.context() as patch:
+            test_every_command_is_one_that_its_program_takes(words, tmp_path, patch, capsys)
+        assert stopped.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def settings_of_a_fit():
+    """The whole configuration of `maiht fit`, nested."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    config = ROOT / "configs" / "smollm2_recovery.yaml"
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        cli.main(["fit", "--config", str(config), "--print_config"])
+    return yaml.safe_load(out.getvalue())
+
+
+def inline_options():
+    """Options that stand within sentences and tables, such as `--pruning.offload cpu`."""
+    spans = [span for text in TEXTS.values() for span in re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", strip_fences(text))]
+    return sorted({name for span in spans for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", span)})
+
+
+def strip_fences(text):
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def test_options_within_sentences_exist(settings_of_a_fit):
+    known = {"config", "help"}
+    for source in [*SCRIPTS.glob("*.py"), ROOT / "src" / "maiht_lightning" / "commands.py"]:
+        known |= set(re.findall(r"add_argument\(\s*\"--([\w-]+)", source.read_text()))
+    known |= set(commands.Evaluation.__dataclass_fields__)
+    # A preset's name stands for all of them.
+    settings_of_a_fit["pruning"]["config"] = dict.fromkeys(maiht_lightning.MAIHTConfig.__dataclass_fields__)
+    options = inline_options()
+    assert len(options) > 15
+    for option in options:
+        found, missing = settings_of_a_fit, False
+        for part in option.split("."):
+            missing = missing or not isinstance(found, dict) or part not in found
+            found = None if missing else found[part]
+        assert option in known or not missing, option
+
+
+def test_extras_files_and_links_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = "\n".join(TEXTS.values())
+    named = set(re.findall(r"maiht-lightning\[(\w+)\]", text)) | set(re.findall(r"extra `(\w+)`", text))
+    assert named == {"lora", "lowmem", "eval", "wandb"} <= set(extras)
+    for page, content in TEXTS.items():
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", content):
+            assert ((ROOT / page).parent / link).exists(), (page, link)
+        for path in re.findall(r"(?:configs|scripts)/\w+\.\w+", content):
+            assert (ROOT / path).is_file(), (page, path)
+
+
+# ---- Python
+
+
+def snippet(text):
+    """The README's only Python block that holds a text."""
+    (found,) = [block for page, block in fenced("python") if text in block]
+    return found
+
+
+def half_zero(folder):
+    from maiht_lightning.loading import load_model
+    from maiht_lightning.sparsity import count_zeros
+
+    return all(2 * count.zeros == count.size for count in count_zeros(load_model(str(folder))))
+
+
+@pytest.fixture
+def namespace(tiny_folder, tokenizer, tmp_path, monkeypatch):
+    """What the snippets take for granted, in an empty folder with small texts and a pruned `runs/NAME/model`."""
+    from maiht_lightning.data.module import TextDataModule
+    from maiht_lightning.loading import load_model
+
+    class MyModule(OwnModule):
+        def __init__(self):
+            super().__init__(load_model(str(tiny_folder)).train())
+            self.tokenizer, self.learning_rate = tokenizer, 1.0
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["input_ids"], batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+    monkeypatch.setenv("MAIHT_DATA_DIR", str(write_texts(tmp_path / "texts")))
+    monkeypatch.chdir(tmp_path)
+    pruned = load_model(str(tiny_folder))
+    maiht_lightning.prune(pruned, torch.randint(0, 1000, (2, 16)), method="magnitude", progress=False)
+    pruned.save_pretrained("runs/NAME/model")
+    tokenizer.save_pretrained("runs/NAME/model")
+    assert issubclass(maiht_lightning.WikiText2DataModule, TextDataModule)
+    return {
+        "my_module": MyModule(),
+        "my_data": maiht_lightning.WikiText2DataModule(seqlen=32, batch_size=16),
+        "tokenizer": tokenizer,
+        "model": load_model(str(tiny_folder)),
+        "inputs": torch.randn(200, 32, generator=torch.Generator().manual_seed(0)),
+        "weight": torch.randn(16, 32, generator=torch.Generator().manual_seed(1)),
+        # Where a snippet goes on from the page's text or another file.
+        **{name: getattr(maiht_lightning, name) for name in ("MAIHTPruning", "SparseFinetune", "sparse_finetune")},
+    }
+
+
+def execute(block, names):
+    exec(compile(block, "README.md", "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_readmes_callback_prunes_and_recovers(namespace):
+    execute(snippet("import MAIHTPruning"), namespace)
+    (run,) = Path("runs").glob("2*")
+    assert half_zero(run / "model")
+    assert list(json.loads((run / "summary.json").read_text())["stages"]) == ["dense", "pruned"]
+    # As the page has it, `sparse_finetune` follows the fit; this Trainer's is over.
+    fit, rest = snippet("sparse_finetune(trainer").split("\n", 1)
+    assert fit == "trainer.fit(my_module, my_data)"
+    before = namespace["trainer"].global_step
+    execute(rest, namespace)
+    assert namespace["trainer"].global_step == 2 * before
+    assert namespace["my_module"].learning_rate == 1e-4
+    assert half_zero(run / "model_finetuned")
+    assert list(json.loads((run / "summary.json").read_text())["stages"]) == ["dense", "pruned", "finetuned"]
+
+
+@pytest.mark.slow
+def test_the_readmes_frozen_training_keeps_zeros(namespace):
+    from lightning.pytorch import Trainer
+
+    execute(snippet("FrozenSparsity()"), {**namespace, "Trainer": Trainer})
+    (checkpoint,) = Path().glob("lightning_logs/**/*.ckpt")
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    layers = [weight for name, weight in weights.items() if "_proj" in name]
+    assert len(layers) == 14
+    assert all(2 * int((weight == 0).sum()) == weight.numel() for weight in layers)
+
+
+@pytest.mark.slow
+def test_the_readmes_notebook_prunes(namespace):
+    """With fewer and shorter windows than the page's."""
+    block = snippet("C4Calibration(samples=128)")
+    execute(block.replace("samples=128", "samples=4").replace("seqlen=2048", "seqlen=64"), namespace)
+    assert namespace["windows"].shape == (4, 64)
+    assert namespace["report"].sparsity == 0.5
+    assert (namespace["result"].weight.view(16, 8, 4) == 0).sum(-1).unique().tolist() == [2]
+
+
+def test_the_readmes_schedule_is_one():
+    pruning = eval(snippet("prune_at="), {"MAIHTPruning": maiht_lightning.MAIHTPruning})
+    assert [(shot.name, shot.sparsity) for shot in pruning.shots] == [("epoch:1", 0.3), ("epoch:2", 0.5), ("end", 0.6)]
+
+
+def test_the_readmes_yaml_is_a_configuration(tmp_path, capsys):
+    ((_, block),) = fenced("yaml")
+    (tmp_path / "more.yaml").write_text(block)
+    base = str(ROOT / "configs" / "smollm2_wikitext2.yaml")
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", base, "--config", str(tmp_path / "more.yaml"), "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["pruning"]["evaluation"]
+    assert yaml.safe_load(block)["pruning"]["evaluation"].items() <= found.items()
+
+
+def test_every_public_name_stands_on_the_page_or_in_the_changelog():
+    text = TEXTS["README.md"] + (ROOT / "CHANGELOG.md").read_text()
+    for name in maiht_lightning.__all__:
+        # What is only returned needs no mention.
+        assert re.search(rf"\b{name}\b", text) or name in ("LayerResult", "PruningReport", "Perplexity"), name
+
+
+# ---- The README's tables
+
+
+def rows_after(heading, text=TEXTS["README.md"]):
+    """The cells of the Markdown table whose heading line begins so."""
+    lines = text[text.index(heading) :].splitlines()[2:]
+    table = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_table_of_methods_names_all_methods():
+    named = [name for row in rows_after("| `method` |") for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(named) == sorted(METHODS)
+
+
+def test_the_table_of_patterns_is_true_of_a_layer():
+    named = [name for row in rows_after("| `pattern` |") for name in re.findall(r"`([\w:]+)`", row[0])]
+    assert named == ["unstructured", "row", "2:4", "4:8", "N:M"]
+    weight, inputs = torch.randn(15, 40), torch.randn(90, 40)
+    for name in (*named[:-1], "5:8"):
+        sparsity = 0.43 if ":" not in name else parse_pattern(name, 0.5).sparsity
+        mask = maiht_lightning.prune_layer(weight, inputs.T @ inputs, sparsity=sparsity, pattern=name).weight == 0
+        if name == "unstructured":
+            assert int(mask.sum()) == 258  # 0.43 · 600
+        elif name == "row":
+            assert mask.sum(1).tolist() == [17] * 15  # floor(17.2)
+        else:
+            kept, group = map(int, name.split(":"))
+            assert mask.view(15, -1, group).sum(-1).unique().tolist() == [group - kept]
+
+
+@pytest.mark.slow
+def test_the_table_of_files_is_a_runs_folder(tiny_folder, tmp_path, monkeypatch):
+    """A run with all that the table names, and nothing beside it."""
+    import wandb
+
+    monkeypatch.setenv("MAIHT_DATA_DIR", str(write_texts(tmp_path / "texts")))
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "model.name_or_path": tiny_folder,
+        "data": "WikiText2DataModule",
+        "data.seqlen": 32,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 2,
+        "trainer.limit_val_batches": 1,
+        "trainer.logger": "WandbLogger",
+        "trainer.logger.offline": "true",
+        "pruning.method": "wanda",
+        "pruning.compact": "true",
+        "pruning.save_dense": "true",
+        "pruning.calibration": "C4Calibration",
+        "pruning.calibration.samples": 2,
+        "pruning.calibration.seqlen": 32,
+        "pruning.evaluation.seqlen": 32,
+        "pruning.evaluation.max_windows": 2,
+        "sparse_finetune.max_steps": 2,
+        "output_dir": "run",
+    }
+    cli.main(["fit", *(str(word) for name, value in options.items() for word in (f"--{name}", value))])
+    wandb.finish()
+    named = {row[0].strip("`").rstrip("/") for row in rows_after("| file |")}
+    there = {path.name for path in Path("run").iterdir()}
+    assert named <= there
+    # Lightning's checkpoint of the dense phase lies in a folder with the W&B project's name.
+    assert there - named <= {"lightning_logs"}
+    assert list(Path("run/sparse_checkpoints").glob("*.ckpt"))
+    assert list(Path("run/figures").glob("*.png"))
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert {"method", "measured_sparsity", "stages", "seconds", "peak_memory_bytes"} <= summary.keys()
+    compact = maiht_lightning.load_compact("run/model_compact").state_dict()
+    finetuned = maiht_lightning.CausalLMModule("run/model_finetuned")
+    finetuned.configure_model()
+    assert all(torch.equal(weight, compact[name]) for name, weight in finetuned.model.state_dict().items())
+
+
+# ---- Counts in the text
+
+
+def test_products_of_the_solver():
+    """131 products with the Gram matrix at 50 + 30 iterations, and two more for the relative error."""
+    assert "50 + 30 iterations costs 131 products" in " ".join(TEXTS["README.md"].split())
+    weight, inputs = torch.randn(64, 32), torch.randn(80, 32)
+    solver = LayerSolver(inputs.T @ inputs)
+    with FlopCounterMode(display=False) as all_of_it:
+        result = solver.prune(weight)
+    from maiht_lightning.solvers.problem import relative_error
+
+    with FlopCounterMode(display=False) as of_the_error:
+        relative_error(weight, result.weight, solver.gram)
+    product = 2 * 64 * 32**2
+    assert all_of_it.get_total_flops() == 133 * product
+    assert of_the_error.get_total_flops() == 2 * product
+
+
+def test_how_far_processes_help_with_a_block_of_llama_7b():
+    assert "so that a block of LLaMA-7B is solved at most 2.3 times as fast" in " ".join(TEXTS["README.md"].split())
+    hidden, inner = 4096, 11008
+    groups = [3 * hidden**3, hidden**3, 2 * inner * hidden**2, hidden * inner**2]
+    for processes in (4, 8):
+        team = Team()
+        team.size = processes
+        load = Counter()
+        for owner, cost in zip(team.owners(groups), groups, strict=True):
+            load[owner] += cost
+        assert round(sum(groups) / max(load.values()), 1) == 2.3
+
+
+# ---- Figures
+
+
+def number(cell):
+    return float(cell.replace(",", ""))
+
+
+def tables_named(name):
+    """The rows of a generated table, wherever it stands, without heading and rule; none where nothing was measured."""
+    found = []
+    for text in TEXTS.values():
+        for content in re.findall(rf"<!-- table {name} -->(.*?)<!-- end -->", text, re.DOTALL):
+            lines = [line for line in content.strip().splitlines() if line.startswith("|")]
+            if not lines:
+                assert "Not measured" in content
+            found.append([[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]])
+    assert found, name
+    return found
+
+
+def results_of(name):
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def test_tables_without_results_say_so():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("render_docs", SCRIPTS / "render_docs.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    used = {name for text in TEXTS.values() for name in re.findall(r"<!-- table ([\w-]+) -->", text)}
+    assert used == set(script.TABLES)
+    for name, (file, _) in script.TABLES.items():
+        for table in tables_named(name):
+            assert bool(table) == (RESULTS / file).exists(), (name, file)
+    for page, text in TEXTS.items():
+        assert script.rendered(text) == text, f"{page}: run scripts/render_docs.py"
+
+
+LABELS = {"magnitude": "magnitude", "Wanda": "wanda", "SparseGPT": "sparsegpt", "ADMM-Grad": "admm", "mAIHT": "maiht"}
+
+
+def test_the_table_of_methods_is_the_results():
+    found = results_of("smollm2.json")
+    for table in tables_named("methods"):
+        if found is None:
+            continue
+        dense, *rows = table
+        assert number(dense[2]) == pytest.approx(found["dense"]["perplexity"]["wikitext2"], abs=0.005)
+        runs = {(run["setting"], run["method"]): run for run in found["runs"]}
+        seen = set()
+        for setting, method, *middle, error in rows:
+            key = (setting if ":" in setting else f"{float(setting.rstrip(' %')) / 100:g}", LABELS[method])
+            seen.add(key)
+            value = runs[key]["perplexity"]["wikitext2"]
+            assert number(middle[0]) == pytest.approx(value, abs=0.005 if value < 1000 else 0.5)
+            assert number(error) == pytest.approx(runs[key]["mean_relative_error"], abs=0.00005)
+            assert len(middle) == 1 + len(found["dense"].get("tasks", {})) + ("mean_accuracy" in found["dense"])
+        assert seen == set(runs)
+    if found is not None:
+        assert all(
+            run["pattern"] == "row" for run in found["runs"] if run["method"] == "wanda" and ":" not in run["setting"]
+        )
+        # Zeros are counted: floor(sparsity · numel) in each layer is at most a weight a layer less than asked for.
+        for run in found["runs"]:
+            loss = 600 if run["pattern"] == "row" else 1e5  # at most one weight a row, or a layer
+            assert 0 <= run["sparsity"] - run["measured_sparsity"] < 1 / loss, run
+
+
+def test_the_figure_shows_the_results(monkeypatch):
+    found = results_of("smollm2.json")
+    if found is None:
+        pytest.skip("docs/results/smollm2.json is not there")
+    from PIL import Image
+
+    script = load_script("render_docs", monkeypatch)
+    with Image.open(ROOT / "docs" / "results-perplexity.png") as image:
+        assert image.text["results"] == script.digest(found), "run scripts/render_docs.py"
+
+
+def test_what_the_page_says_of_the_methods_follows_from_the_results():
+    """Sentence by sentence of `What the figures show`."""
+    found = results_of("smollm2.json")
+    if found is None:
+        pytest.skip("docs/results/smollm2.json is not there")
+    perplexity = {(run["setting"], run["method"]): run["perplexity"]["wikitext2"] for run in found["runs"]}
+    error = {(run["setting"], run["method"]): run["mean_relative_error"] for run in found["runs"]}
+    settings = list(dict.fromkeys(run["setting"] for run in found["runs"]))
+    for setting in settings:
+        magnitude, wanda, sparsegpt, admm, maiht = (perplexity[setting, name] for name in LABELS.values())
+        assert max(admm, maiht) < sparsegpt < min(magnitude, wanda)
+        assert admm < maiht
+        assert error[setting, "admm"] < error[setting, "maiht"]
+    assert maiht_by_admm(perplexity, "0.5") < maiht_by_admm(perplexity, "0.7")
+
+
+def maiht_by_admm(perplexity, setting):
+    return perplexity[setting, "maiht"] / perplexity[setting, "admm"]
+
+
+def test_the_table_of_ratios_is_the_results():
+    found = results_of("smollm2.json")
+    for table in tables_named("ratios"):
+        if found is None:
+            continue
+        perplexity = {(run["setting"], run["method"]): run["perplexity"]["wikitext2"] for run in found["runs"]}
+        assert len(table) == len({setting for setting, _ in perplexity})
+        for label, *cells in table:
+            setting = label if ":" in label else f"{float(label.rstrip(' %')) / 100:g}"
+            for cell, other in zip(cells, ("magnitude", "wanda", "sparsegpt", "admm"), strict=True):
+                value = perplexity[setting, "maiht"] / perplexity[setting, other]
+                assert number(cell) == pytest.approx(value, abs=0.0005)
+
+
+@pytest.mark.parametrize("name", ["solver-speed", "solver-speed-large"])
+def test_the_tables_of_times_are_the_results(name):
+    found = results_of(f"{name.replace('-', '_')}.json")
+    for table in tables_named(name):
+        if found is None:
+            continue
+        assert len(table) == len(found["rows"])
+        for cells, row in zip(table, found["rows"], strict=True):
+            layer, shape, iterations, method, ratio, error = cells
+            assert (layer, shape) == (row["layer"], " × ".join(map(str, row["shape"])))
+            assert LABELS.get(method, method) == row["method"]
+            settings = found["settings"]
+            assert iterations == f"{settings['iterations']} + {settings['refine_iterations']}"
+            assert number(ratio) == pytest.approx(row["times_bare_products"], abs=0.005)
+            assert number(error) == pytest.approx(row["relative_error"], abs=0.00005)
+        by_method = {(row["layer"], row["method"]): row["times_bare_products"] for row in found["rows"]}
+        for (layer, method), ratio in by_method.items():
+            # What the page says beside the table: ADMM-Grad takes less time than mAIHT, a naive mAIHT more.
+            if method == "admm":
+                assert ratio < by_method[layer, "maiht"]
+            if method == "naive mAIHT":
+                assert ratio > by_method[layer, "maiht"]
+
+
+def test_the_tables_of_recovery_and_of_frozen_zeros_are_the_results():
+    found = results_of("recovery.json")
+    for table in tables_named("recovery"):
+        for cells, run in zip(table, (found or {}).values(), strict=True):
+            for cell, stage in zip(cells[1:], ("dense", "pruned", "finetuned"), strict=True):
+                assert number(cell) == pytest.approx(run[stage]["wikitext2"], abs=0.005)
+            # Recovery works, and keeps the zeros.
+            assert run["dense"]["wikitext2"] < run["finetuned"]["wikitext2"] < run["pruned"]["wikitext2"]
+            assert run["settings"]["sparsity"] == 0.6
+            assert 0 <= 0.6 - run["measured_sparsity"] < 1e-5
+    found = results_of("frozen.json")
+    for table in tables_named("frozen"):
+        for cells in table:
+            assert number(cells[2]) == found["results"]["frozen_weights"]
+            assert number(cells[3]) == pytest.approx(100 * found["results"]["share_of_a_step"], abs=0.05)
+
+
+def test_no_measured_figure_stands_outside_the_generated_tables():
+    """A decimal number in a sentence would be a figure without its file."""
+    allowed = {"2.0", "2.3", "3.11"}  # the licence; processes, counted above; Python
+    for page, text in TEXTS.items():
+        prose = re.sub(r"<!-- table .*?<!-- end -->", "", strip_fences(text), flags=re.DOTALL)
+        prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", prose)
+        assert set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\.\d)", prose)) <= allowed, page
+
+
+def test_results_name_no_folder_of_a_machine():
+    for path in RESULTS.glob("*.json"):
+        assert not re.search(r'"(/|~)|/(home|root|tmp|work)/', path.read_text()), path
