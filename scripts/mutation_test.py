@@ -17,8 +17,11 @@ The exit code is 0 if all mutations were killed, otherwise 1.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -33,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -44,7 +48,11 @@ ROOT = Path(__file__).resolve().parents[1]
 STYLES = {"killed": "green", "survived": "bold red"}
 # A mutation that raises one of these is a slip of whoever wrote it, and any test would notice.
 BROKEN_CODE = ("SyntaxError", "IndentationError", "NameError", "UnboundLocalError", "ImportError", "ModuleNotFound")
-RUNNING: set[subprocess.Popen[str]] = set()
+# Importing these takes most of a short test's time. Where the package uses them they are imported once, by a process
+# that is forked for each mutation. Nothing of the package itself is.
+SLOW_IMPORTS = ("torch", "torchmetrics", "lightning.pytorch", "transformers.models.llama.modeling_llama")
+FORKS = multiprocessing.get_context("forkserver")
+RUNNING: set[ForkServerProcess] = set()
 
 
 @dataclass(frozen=True)
@@ -85,59 +93,71 @@ def load_mutations(files: list[Path], patterns: list[str]) -> list[Mutation]:
 
 
 def copy_tree(target: Path) -> Path:
-    """Copy the files that git tracks or would track, with all changes, and check that Python imports the copy's."""
+    """Copy the files that git tracks or would track, with all changes."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():  # a file may be deleted, but not yet for git
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
-    for package in sorted(path.parent.name for path in target.glob("src/*/__init__.py")):
-        ask = f"import importlib.util; print(importlib.util.find_spec({package!r}).origin)"
-        command = [sys.executable, "-c", ask]
-        found = subprocess.check_output(command, cwd=target, env=environment(target), text=True).strip()
-        if not Path(found).is_relative_to(target):
-            sys.exit(f"`{package}` must be imported from the copy {target}, but found {found}: uninstall the package")
     return target
 
 
-def environment(tree: Path) -> dict[str, str]:
-    """The variables for tests in a copy, inherited by the processes that tests start."""
+def set_environment() -> None:
+    """Set the variables that tests inherit, and what is imported once for all of them."""
+    given = {name: str(Path(value).resolve()) for name, value in os.environ.items() if fnmatch(name, "MAIHT_*_DIR")}
+    # As tests/conftest.py does, but before the slow imports.
+    defaults = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1"}
     # No bytecode: a file that is broken and mended within a second would be taken for unchanged by its size and time.
-    ours = {"PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    folders = {name: str(Path(value).resolve()) for name, value in os.environ.items() if fnmatch(name, "MAIHT_*_DIR")}
-    return {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", **os.environ, **folders, **ours}
+    os.environ.update({**defaults, **os.environ, **given, "PYTHONDONTWRITEBYTECODE": "1"})
+    sources = "".join(path.read_text() for path in ROOT.glob("src/**/*.py"))
+    used = [name for name in SLOW_IMPORTS if re.search(rf"\b(import|from) {name.partition('.')[0]}\b", sources)]
+    FORKS.set_forkserver_preload(used)
+
+
+def run_pytest(tree: Path, tests: list[str], output: Path) -> None:
+    """In a process of its own: run pytest, which imports packages from the copy, as do the processes it starts."""
+    os.setsid()
+    os.chdir(tree)
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    os.environ["PYTHONPATH"] = str(tree / "src")
+    sys.path[:0] = [str(tree / "src"), str(tree)]
+    sys.argv = ["pytest", *tests]
+    import pytest
+
+    for package in (path.parent.name for path in tree.glob("src/*/__init__.py")):
+        # Here, and in a process that tests start: an installed package may win by its place or by an import hook.
+        ask = f"import importlib.util; print(importlib.util.find_spec({package!r}).origin)"
+        spec = importlib.util.find_spec(package)
+        for found in (spec and spec.origin, subprocess.check_output([sys.executable, "-c", ask], text=True).strip()):
+            if not found or not Path(found).is_relative_to(tree) or package in sys.modules:
+                sys.exit(f"`{package}` must be imported from the copy {tree}, but found {found}: uninstall it")
+    sys.exit(pytest.main(tests))
 
 
 def run_tests(tree: Path, tests: str, limit: float) -> tuple[str, str]:
     """Run the tests in a copy: "passed", "failed", "timed out" or "error", and a line that says more."""
-    report = tree.with_suffix(".xml")
+    report, output = tree.with_suffix(".xml"), tree.with_suffix(".txt")
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    process = subprocess.Popen(
-        [*command, *shlex.split(tests)],
-        cwd=tree,
-        env=environment(tree),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    options = ["-x", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *shlex.split(tests)]
+    process = FORKS.Process(target=run_pytest, args=(tree, options, output))
+    process.start()
     RUNNING.add(process)
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
+    process.join(limit)
+    RUNNING.discard(process)
+    code = process.exitcode
+    kill(process)
+    if code is None:
         return "timed out", f"after {limit:.0f} s"
-    finally:
-        kill(process)
-        RUNNING.discard(process)
-    if process.returncode not in (0, 1) or not report.exists():
-        last = (output.strip().splitlines() or [""])[-1]
-        return "error", f"pytest ended with {process.returncode}: {last}"
+    if code not in (0, 1) or not report.exists():
+        last = (output.read_text().strip().splitlines() or [""])[-1]
+        return "error", f"pytest ended with {code}: {last}"
     cases = list(ET.parse(report).iter("testcase"))
     failures = [found for case in cases for found in (*case.iter("failure"), *case.iter("error"))]
     messages = [(failure.get("message") or "").split("\n")[0] for failure in failures]
-    if process.returncode == 0:
+    if code == 0:
         skipped = all(case.find("skipped") is not None for case in cases)
         return ("error", "all tests were skipped") if skipped else ("passed", f"{len(cases)} tests passed")
     # The message of a test that fails is "NameError: ..."; that of a fixture 'failed on setup with "NameError: ..."'.
@@ -146,11 +166,13 @@ def run_tests(tree: Path, tests: str, limit: float) -> tuple[str, str]:
     return ("failed" if messages and collected and not broken else "error"), " | ".join(messages)
 
 
-def kill(process: "subprocess.Popen[str]") -> None:
+def kill(process: ForkServerProcess) -> None:
     """End a process and those that it started."""
+    assert process.pid is not None
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
 def try_mutation(tree: Path, mutation: Mutation, limit: float) -> tuple[str, str]:
@@ -235,6 +257,7 @@ def main() -> int:
     if not mutations:
         sys.exit("no mutation has one of these ids: see --list")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an ended program cleans up
+    set_environment()
     start = time.monotonic()
     results = []
     for result in try_all(mutations, args.jobs, args.timeout, args.check_baseline):
