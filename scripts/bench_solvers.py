@@ -6,6 +6,7 @@ error, and peak memory in matrices of the weight's size. The layers are SmolLM2'
 has them, else the Python documentation; `--llama7b` adds LLaMA-7B's shapes with random weights and inputs.
 
     python scripts/bench_solvers.py --json bench.json
+    python scripts/bench_solvers.py --at-least 1.5  # an exit code of 1 if mAIHT is slower, beside the naive one
 """
 
 import argparse
@@ -57,12 +58,23 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only-llama7b", action="store_true", help="leave SmolLM2's layers out")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive mAIHT out")
+    parser.add_argument(
+        "--at-least", type=float, metavar="TIMES", help="fail unless mAIHT is so many times as fast as the naive one"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     args = parser.parse_args()
     unknown = set(args.methods) - set(METHODS)
     if unknown:
         parser.error(f"unknown methods {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
+    if args.at_least and not has_naive(args):
+        parser.error("--at-least needs the naive mAIHT: --methods maiht, --pattern unstructured, --precision float32")
     return args
+
+
+def has_naive(args: argparse.Namespace) -> bool:
+    """Whether the naive mAIHT can stand beside: it is written for one layer-wide threshold in float32."""
+    fits = args.pattern == "unstructured" and args.precision == "float32"
+    return fits and "maiht" in args.methods and not args.no_naive
 
 
 def naive_maiht(weight: Tensor, gram: Tensor, sparsity: float, config: MAIHTConfig, step: float) -> Tensor:
@@ -174,8 +186,7 @@ def bench_layer(name: str, weight: Tensor, gram: Tensor, args: argparse.Namespac
         return prune_layer(weight, gram, sparsity=args.sparsity, pattern=args.pattern, method=method, config=settings)
 
     actions: dict[str, Callable[[], Any]] = {method: partial(run, method) for method in args.methods}
-    # Written for one layer-wide threshold in float32.
-    if not args.no_naive and "maiht" in actions and args.pattern == "unstructured" and args.precision == "float32":
+    if has_naive(args):
         step = step_size(scale_gram(gram), config)
         actions["naive mAIHT"] = lambda: naive_maiht(weight, gram, args.sparsity, config, step)
 
@@ -243,6 +254,17 @@ def main() -> None:
         settings = {key: value for key, value in vars(args).items() if key != "json"}
         found = {"settings": settings, "environment": environment(), "rows": rows}
         args.json.write_text(json.dumps(found, indent=2) + "\n")
+    if args.at_least:
+        require_speed(rows, args.at_least)
+
+
+def require_speed(rows: list[dict[str, Any]], times: float) -> None:
+    """Exit with an error unless mAIHT is so many times as fast as the naive one on every layer."""
+    seconds = {(row["layer"], row["method"]): row["seconds"] for row in rows}
+    ratios = {layer: seconds[layer, "naive mAIHT"] / seconds[layer, "maiht"] for layer, _ in seconds}
+    if slow := {layer: ratio for layer, ratio in ratios.items() if ratio < times}:
+        found = ", ".join(f"{ratio:.2f} for {layer}" for layer, ratio in slow.items())
+        raise SystemExit(f"mAIHT must be {times:g} times as fast as written naively, but found {found}")
 
 
 if __name__ == "__main__":

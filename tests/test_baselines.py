@@ -263,7 +263,12 @@ def oracle_layers():
 
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.5), ("unstructured", 0.7), ("2:4", 0.5)])
-def test_methods_rank_as_published_on_real_layers(index, pattern, sparsity):
+def test_methods_rank_on_real_layers(index, pattern, sparsity):
+    """By layer error in the order in which publications have them by perplexity.
+
+    How far apart they are no publication says. The factors guard what was measured on these two layers, at most 0.849
+    for ADMM, 0.838 for mAIHT (0.943 with 2:4), 0.804 for SparseGPT and 0.515 for Wanda.
+    """
     files = oracle_layers()
     if len(files) < 2:
         pytest.skip("no reference layers: set MAIHT_ORACLE_DIR")
@@ -274,6 +279,7 @@ def test_methods_rank_as_published_on_real_layers(index, pattern, sparsity):
         ).relative_error
         for method in ("admm", "maiht", "sparsegpt", "wanda", "magnitude")
     }
-    assert max(error["admm"], error["maiht"]) < 0.97 * error["sparsegpt"], error
-    assert error["sparsegpt"] < 0.9 * error["wanda"], error
+    assert error["admm"] < 0.86 * error["sparsegpt"], error
+    assert error["maiht"] < (0.97 if pattern == "2:4" else 0.86) * error["sparsegpt"], error
+    assert error["sparsegpt"] < 0.85 * error["wanda"], error
     assert error["wanda"] < 0.6 * error["magnitude"], error

@@ -8,6 +8,11 @@ sparsity is reached, then gradient steps on the support.
 What differs: the paper's form needs four products with A an iteration (two gradients, two losses). Here it
 needs two. Gradient steps u(S) = S − α∇f(S) are affine in S, so u of the extrapolated point is the same linear
 combination of the u's at hand, and f(S) = ½⟨S − B, ∇f(S)⟩ comes with the gradient.
+
+The support differs a little from that of the authors' program. Where λ ends up so large that fewer weights are left
+than are to be kept, it is filled up: theirs takes the zeros that come first in memory, this one those that the next
+gradient step would raise highest, so that up to twice the missing number of entries differ. And theirs keeps one weight
+more in a layer than numel − floor(s · numel).
 """
 
 from math import sqrt
