@@ -224,10 +224,11 @@ def try_all(mutations: list[Mutation], jobs: int, limit: float, baseline: bool) 
             todo = [m for m in mutations if m.tests not in failing]
             for future in as_completed([pool.submit(work, m.id, m.tests, m) for m in todo]):
                 yield future.result()
-        finally:  # when interrupted as well: no child outlives this program
+        finally:  # when interrupted as well: nothing outlives this program, and no thread writes into a deleted copy
             pool.shutdown(wait=False, cancel_futures=True)
             for process in tuple(RUNNING):
                 kill(process)
+            pool.shutdown()
 
 
 def parse_arguments() -> argparse.Namespace:
