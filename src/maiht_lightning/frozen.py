@@ -52,8 +52,7 @@ class FrozenZeros:
     Attributes:
         count: Frozen weights in all.
         kept: By the layer's name, an int8 mask of its weight's shape, or of this process's shard of it: 0 where it is
-            frozen at 0, else 1. Numbers, since multiplying by them is twenty times faster on a CPU than filling by a
-            boolean mask.
+            frozen at 0, else 1; numbers, since the weight is multiplied by them.
     """
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ class CausalLMModule(LightningModule):
         learning_rate: Highest learning rate.
         weight_decay: AdamW's weight decay, for matrices only.
         warmup_fraction: Share of the optimizer steps over which the learning rate rises.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory for one more forward pass.
         optimizer: `adamw` (PyTorch's), or `adamw_8bit` (torchao's; needs the extra `lowmem`), whose moments take 2
             bytes a weight, not 8 or, in bfloat16, 4, and which rounds updates of bfloat16 weights stochastically. With
             `precision: bf16-true`, plain AdamW loses updates below a 256th of a weight.
