@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig
 
+from byte_model import VOCABULARY, llama_config, save_folder
 from maiht_lightning import load_compact, prune, save_compact
 from maiht_lightning.cli import main
 from maiht_lightning.export import pack_mask, unpack_mask
@@ -114,6 +116,84 @@ def test_damage_is_named(sparse, tmp_path):
         load_compact(folder)
     with pytest.raises(ValueError, match="no compact model"):
         load_compact(tmp_path)
+
+
+def written_bytes(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("asked", [None, "auto", "float32", "bfloat16", "float16"])
+def test_export_keeps_the_checkpoints_format_unless_told_otherwise(tmp_path, monkeypatch, capsys, saved, asked):
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(save_folder(tmp_path / "pruned", dtype=saved))
+    prune(model, WINDOWS, sparsity=0.5, method="magnitude", progress=False)
+    model.save_pretrained("pruned")
+    main(["export", "--model", "pruned", "--output", "small", *([] if asked is None else ["--dtype", asked])])
+    dtype = saved if asked in (None, "auto") else getattr(torch, asked)
+    loaded = load_compact("small")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    same(loaded, model.to(dtype))
+    weights = [p.numel() for p in loaded.parameters()]
+    pruned = sum(p.numel() for name, p in loaded.named_parameters() if name.endswith("_proj.weight"))
+    dense = sum(weights) * dtype.itemsize
+    # A bit a weight and the half that is left; names and shapes take some more.
+    expected = dense - pruned * dtype.itemsize // 2 + pruned // 8
+    assert expected < written_bytes(tmp_path / "small") < expected + 6000
+    said = capsys.readouterr().out
+    sizes = f"{written_bytes(tmp_path / 'small') / 2**20:.1f} MiB instead of {dense / 2**20:.1f} MiB"
+    assert f"small: {sizes} in {str(dtype).removeprefix('torch.')}" in said
+
+
+def test_a_bfloat16_folder_becomes_smaller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = llama_config(hidden_size=128, intermediate_size=256)
+    model = AutoModelForCausalLM.from_pretrained(save_folder(tmp_path / "pruned", config, dtype=torch.bfloat16))
+    prune(model, WINDOWS, sparsity=0.5, method="magnitude", progress=False)
+    model.save_pretrained("pruned")
+    main(["export", "--model", "pruned", "--output", "small"])
+    assert written_bytes(tmp_path / "small") < 0.75 * written_bytes(tmp_path / "pruned")
+
+
+def test_a_config_alone_has_its_own_format_or_float32(tmp_path):
+    for name, dtype, expected in (("half", torch.float16, torch.float16), ("plain", None, torch.float32)):
+        llama_config(dtype=dtype).save_pretrained(tmp_path / name)
+        assert load_model(str(tmp_path / name / "config.json"), None).dtype == expected
+        assert load_model(str(tmp_path / name / "config.json"), torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_what_export_cannot_do_is_said_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_folder(
+        tmp_path / "mixture",
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=4,
+        ),
+    )
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").touch()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for options, message in (
+        (["--model", "mixture", "--output", "small"], "mixture-of-experts weights"),
+        # Said before the model is looked for.
+        (["--model", "/nowhere", "--output", "photos"], "photos holds other files than a compact model"),
+        (["--model", "/nowhere", "--output", "file"], "file holds other files than a compact model"),
+        (["--model", "/nowhere", "--output", "small"], "no model at /nowhere"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["export", *options])
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert "Traceback" not in said
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_export_and_evaluate_from_the_command_line(tiny_folder, tokenizer, tmp_path, monkeypatch, capsys):

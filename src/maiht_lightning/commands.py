@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from torch import nn
 
 from .evaluation.settings import Evaluation
-from .export import save_compact
+from .export import check_vacant, save_compact
 from .loading import load_model, load_tokenizer
 from .reporting.compare import comparison, write_comparison
 from .reporting.run_folder import fresh_run_folder
@@ -19,7 +21,9 @@ from .reporting.runs import read_run
 from .reporting.tables import stage_table
 from .sparsity import count_zeros, measured_sparsity
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# `auto`: the checkpoint's own.
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_HELP = "Format of the weights; auto is the checkpoint's own, and float32 for a .gguf file."
 
 
 def evaluate(args: list[str]) -> None:
@@ -28,24 +32,24 @@ def evaluate(args: list[str]) -> None:
     parser.add_argument("--config", action="config", help="File with these settings.")
     parser.add_argument("--model", type=str, required=True, help="Hugging Face hub name, model folder or .gguf file.")
     parser.add_class_arguments(Evaluation)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="Format of the weights.")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help=DTYPE_HELP)
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for the results.")
     settings = parser.parse_args(args)
     evaluation = Evaluation(**{name: settings[name] for name in Evaluation.__dataclass_fields__})
     _check_output(settings.output)
+    _check_device(settings.device)
 
     tokenizer = load_tokenizer(settings.model)
     model = load_model(settings.model, DTYPES[settings.dtype])
     # Before the model moves and anything is computed: what is missing shows here.
     measurement = evaluation.load(model, tokenizer)
-    found = measurement.measure(model.to(settings.device), tokenizer)
-    found["sparsity"] = measured_sparsity(count_zeros(model))
+    counted = _sparsity(model)
+    found = {**measurement.measure(model.to(settings.device), tokenizer), **counted}
     if settings.output is not None:
         Path(settings.output).write_text(json.dumps({"model": settings.model, **found}, indent=2) + "\n")
-    title = f"{settings.model}: {found['sparsity']:.4%} zeros in its linear layers"
-    console = Console()
-    console.print(stage_table({"measured": found}, title))
+    zeros = f"{counted['sparsity']:.4%} zeros in its linear layers" if counted else "zeros not counted"
+    Console().print(stage_table({"measured": found}, f"{settings.model}: {zeros}"))
 
 
 def report(args: list[str]) -> None:
@@ -74,13 +78,18 @@ def export(args: list[str]) -> None:
     parser = ArgumentParser(prog="maiht export", description="Write a pruned model in compact files.")
     parser.add_argument("--model", type=str, required=True, help="Hugging Face hub name or model folder.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the compact model.")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="Format of the weights.")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help=DTYPE_HELP)
     settings = parser.parse_args(args)
-    model = load_model(settings.model, DTYPES[settings.dtype])
-    folder = save_compact(model, settings.output, tokenizer=load_tokenizer(settings.model))
+    check_vacant(settings.output)
+    tokenizer, model = load_tokenizer(settings.model), load_model(settings.model, DTYPES[settings.dtype])
+    folder = save_compact(model, settings.output, tokenizer=tokenizer)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     dense = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"{folder}: {size / 2**20:.1f} MiB instead of {dense / 2**20:.1f} MiB; maiht_lightning.load_compact loads it")
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(
+        f"{folder}: {size / 2**20:.1f} MiB instead of {dense / 2**20:.1f} MiB in {dtype}; "
+        f"maiht_lightning.load_compact loads it"
+    )
 
 
 def estimate(args: list[str]) -> None:
@@ -118,9 +127,27 @@ def estimate(args: list[str]) -> None:
         print(sentence)
 
 
+def _sparsity(model: nn.Module) -> dict[str, float]:
+    """The fraction of zeros as `sparsity`; empty, and said why, for models whose layers cannot be counted."""
+    try:
+        return {"sparsity": measured_sparsity(count_zeros(model))}
+    except ValueError as error:
+        print(f"The zeros are not counted: {error}", file=sys.stderr)
+        return {}
+
+
 def _check_output(path: str | None) -> None:
-    if path is not None and not Path(path).absolute().parent.is_dir():
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise FileNotFoundError(f"output: expected a file in an existing folder, found {path}")
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be one that PyTorch finds here, such as cpu, but found {name!r}: {error}"
+        ) from error
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

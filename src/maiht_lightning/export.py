@@ -58,6 +58,13 @@ def save_model(
             tokenizer.save_pretrained(folder)
 
 
+def check_vacant(path: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` if a folder holds something else than a compact model, which would be lost."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / INDEX).exists())):
+        raise ValueError(f"{path} holds other files than a compact model: name a new or empty folder")
+
+
 @torch.no_grad()
 def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, tokenizer: Any = None) -> Path:
     """Write a sparse model into a folder, much smaller than `save_pretrained` does.
@@ -73,16 +80,16 @@ def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, toke
         The folder.
 
     Raises:
-        ValueError: The folder holds something else than a compact model.
+        ValueError: The folder holds something else than a compact model, or the model has no decoder blocks that could
+            be packed; see `find_blocks`.
     """
     path = Path(path)
-    if path.exists() and any(path.iterdir()) and not (path / INDEX).exists():
-        raise ValueError(f"{path} holds other files than a compact model: name a new or empty folder")
+    check_vacant(path)
+    blocks = find_blocks(model)
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    blocks = find_blocks(model)
     sparse = {
         f"{blocks.path}.{i}.{name}.weight" for i, block in enumerate(blocks.modules) for name in find_linears(block)
     }

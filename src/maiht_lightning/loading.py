@@ -28,14 +28,15 @@ def check_source(name_or_path: str) -> None:
 
 
 def load_model(
-    name_or_path: str, dtype: torch.dtype = torch.float32, *, blocks_on_disk: bool = False
+    name_or_path: str, dtype: torch.dtype | None = torch.float32, *, blocks_on_disk: bool = False
 ) -> "PreTrainedModel":
     """Load a causal language model.
 
     Args:
         name_or_path: A Hugging Face hub name; a local folder, also a compact one; a `.gguf` file, whose weights
             are dequantised; or the path of a `config.json`, for random weights from torch's global generator.
-        dtype: Floating-point format of the weights.
+        dtype: Floating-point format of the weights. None: that of the checkpoint, and float32 for a `.gguf` file or a
+            config that names none.
         blocks_on_disk: Leave the decoder blocks in their safetensors files, from which they are read when they are
             needed, so that the model may be larger than the memory. Needs Accelerate.
 
@@ -48,6 +49,10 @@ def load_model(
 
     check_source(name_or_path)
     path = Path(name_or_path).expanduser()
+    if dtype is None and path.suffix == ".gguf":
+        dtype = torch.float32
+    # As `from_pretrained` is told to keep the checkpoint's.
+    wanted = "auto" if dtype is None else dtype
     if blocks_on_disk:
         if path.suffix in (".gguf", ".json") or (path / INDEX).exists():
             raise ValueError(f"blocks can stay on disk in a Hugging Face folder with safetensors files, not in {path}")
@@ -56,7 +61,7 @@ def load_model(
             plan = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
         places: dict[str, str] = dict.fromkeys(_modules_outside(plan, blocks := find_blocks(plan).path), "cpu")
         places[blocks] = "disk"
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=places)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, device_map=places)
     if path.suffix == ".gguf":
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
         # Its config says that it is quantised, which it no longer is and which forbids saving it.
@@ -67,10 +72,11 @@ def load_model(
         plain.generation_config = loaded.generation_config
         return plain
     if path.suffix == ".json":
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        config = AutoConfig.from_pretrained(path)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     if (path / INDEX).exists():
         return load_compact(path, dtype)
-    return AutoModelForCausalLM.from_pretrained(path if path.exists() else name_or_path, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(path if path.exists() else name_or_path, dtype=wanted)
 
 
 def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
