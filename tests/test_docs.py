@@ -17,6 +17,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 import maiht_lightning
+from byte_model import byte_tokenizer, save_folder
 from maiht_lightning import cli, commands
 from maiht_lightning.solvers import METHODS, LayerSolver, parse_pattern
 from maiht_lightning.team import Team
@@ -211,15 +212,22 @@ def half_zero(folder):
     return all(2 * count.zeros == count.size for count in count_zeros(load_model(str(folder))))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer."""
+    return save_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
 @pytest.fixture
-def namespace(tiny_folder, tokenizer, tmp_path, monkeypatch):
+def namespace(folder, tmp_path, monkeypatch):
     """What the snippets take for granted, in an empty folder with small texts and a pruned `runs/NAME/model`."""
-    from maiht_lightning.data.module import TextDataModule
     from maiht_lightning.loading import load_model
+
+    tokenizer = byte_tokenizer()
 
     class MyModule(OwnModule):
         def __init__(self):
-            super().__init__(load_model(str(tiny_folder)).train())
+            super().__init__(load_model(str(folder)).train())
             self.tokenizer, self.learning_rate = tokenizer, 1.0
 
         def training_step(self, batch, batch_idx):
@@ -230,16 +238,15 @@ def namespace(tiny_folder, tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setenv("MAIHT_DATA_DIR", str(write_texts(tmp_path / "texts")))
     monkeypatch.chdir(tmp_path)
-    pruned = load_model(str(tiny_folder))
-    maiht_lightning.prune(pruned, torch.randint(0, 1000, (2, 16)), method="magnitude", progress=False)
+    pruned = load_model(str(folder))
+    maiht_lightning.prune(pruned, torch.randint(0, 257, (2, 16)), method="magnitude", progress=False)
     pruned.save_pretrained("runs/NAME/model")
     tokenizer.save_pretrained("runs/NAME/model")
-    assert issubclass(maiht_lightning.WikiText2DataModule, TextDataModule)
     return {
         "my_module": MyModule(),
         "my_data": maiht_lightning.WikiText2DataModule(seqlen=32, batch_size=16),
         "tokenizer": tokenizer,
-        "model": load_model(str(tiny_folder)),
+        "model": load_model(str(folder)),
         "inputs": torch.randn(200, 32, generator=torch.Generator().manual_seed(0)),
         "weight": torch.randn(16, 32, generator=torch.Generator().manual_seed(1)),
         # Where a snippet goes on from the page's text or another file.
@@ -344,14 +351,14 @@ def test_the_table_of_patterns_is_true_of_a_layer():
 
 
 @pytest.mark.slow
-def test_the_table_of_files_is_a_runs_folder(tiny_folder, tmp_path, monkeypatch):
+def test_the_table_of_files_is_a_runs_folder(folder, tmp_path, monkeypatch):
     """A run with all that the table names, and nothing beside it."""
     import wandb
 
     monkeypatch.setenv("MAIHT_DATA_DIR", str(write_texts(tmp_path / "texts")))
     monkeypatch.chdir(tmp_path)
     options = {
-        "model.name_or_path": tiny_folder,
+        "model.name_or_path": folder,
         "data": "WikiText2DataModule",
         "data.seqlen": 32,
         "trainer.accelerator": "cpu",

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from byte_model import byte_tokenizer, save_folder
 from maiht_lightning import C4Calibration, MAIHTConfig, prune, prune_layer
 from maiht_lightning.cli import main as maiht
 from maiht_lightning.data.sources import evaluation_windows
@@ -29,6 +30,12 @@ def texts(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("texts"))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer."""
+    return save_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
 @pytest.fixture
 def here(texts, tmp_path, monkeypatch):
     """An empty folder to work in, and the small texts."""
@@ -37,9 +44,9 @@ def here(texts, tmp_path, monkeypatch):
     return tmp_path
 
 
-def measured_alone(source, tokenizer, *, samples, seqlen, seed=0, max_windows=None, **pruning):
+def measured_alone(source, *, samples, seqlen, seed=0, max_windows=None, **pruning):
     """Perplexity before and after a pruning, and its report, without any script."""
-    model = load_model(str(source))
+    model, tokenizer = load_model(str(source)), byte_tokenizer()
     windows = C4Calibration(samples, seqlen, "packed", seed).windows(tokenizer, seqlen)
     test = evaluation_windows("wikitext2", tokenizer, seqlen, max_windows)
     before = perplexity(model, test, progress=False)
@@ -53,18 +60,18 @@ PAPER = ["--preset", "smollm2", "--samples", "6", "--seqlen", "48", "--max-windo
 
 
 @pytest.fixture
-def reproduce(here, tiny_folder, monkeypatch):
+def reproduce(here, folder, monkeypatch):
     """Runs the script and returns `results.json`."""
     script = load_script("reproduce_paper", monkeypatch)
 
     def run(*options):
-        run_script(script, monkeypatch, *PAPER, "--model", tiny_folder, "--output_dir", "paper", *options)
+        run_script(script, monkeypatch, *PAPER, "--model", folder, "--output_dir", "paper", *options)
         return json.loads(Path("paper/results.json").read_text())
 
     return run
 
 
-def test_the_papers_comparison_measures_what_single_calls_do(reproduce, tiny_folder, tokenizer, here):
+def test_the_papers_comparison_measures_what_single_calls_do(reproduce, folder, here):
     found = reproduce("--methods", "wanda", "sparsegpt", "--settings", "0.6", "2:4", "--seeds", "0", "3")
     asked = {("wanda", "0.6"): ("row", 0.6), ("sparsegpt", "0.6"): ("unstructured", 0.6)}
     asked |= {(method, "2:4"): ("2:4", 0.5) for method in ("wanda", "sparsegpt")}
@@ -76,7 +83,7 @@ def test_the_papers_comparison_measures_what_single_calls_do(reproduce, tiny_fol
         pattern, sparsity = asked[run["method"], run["setting"]]
         settings = {"pattern": pattern, "sparsity": sparsity, "method": run["method"]}
         dense, pruned, report = measured_alone(
-            tiny_folder, tokenizer, samples=6, seqlen=48, seed=run["seed"], max_windows=5, **settings
+            folder, samples=6, seqlen=48, seed=run["seed"], max_windows=5, **settings
         )
         assert (run["pattern"], run["sparsity"]) == (pattern, sparsity)
         assert found["dense"]["perplexity"]["wikitext2"] == pytest.approx(dense, rel=1e-5)
@@ -84,8 +91,8 @@ def test_the_papers_comparison_measures_what_single_calls_do(reproduce, tiny_fol
         assert run["mean_relative_error"] == pytest.approx(fmean(r.relative_error for r in report.layers), rel=1e-3)
         assert run["measured_sparsity"] == report.sparsity
     # What is committed names no folder of this machine.
-    assert found["model"] == tiny_folder.name
-    assert str(tiny_folder.parent) not in json.dumps(found)
+    assert found["model"] == folder.name
+    assert str(folder.parent) not in json.dumps(found)
     assert str(here) not in json.dumps(found)
     assert found["environments"][0]["torch"] == torch.__version__
     assert found["settings"]["calibration"] == {"samples": 6, "seqlen": 48, "sampling": "packed"}
@@ -149,18 +156,17 @@ def test_the_papers_comparison_refuses_bad_settings(reproduce, capsys, options, 
 # ---- compare_methods.py
 
 
-def test_methods_are_compared_from_the_same_windows(here, tiny_folder, tokenizer, monkeypatch, capsys):
+def test_methods_are_compared_from_the_same_windows(here, folder, monkeypatch, capsys):
     script = load_script("compare_methods", monkeypatch)
     options = ["--samples", 6, "--seqlen", 48, "--max-windows", 5, "--sparsity", 0.6, "--seed", 3]
     entries = {"maiht": "unstructured", "wanda": "unstructured", "wanda:row": "row"}
-    run_script(script, monkeypatch, "--model", tiny_folder, "--methods", *entries, *options, "--json", "out.json")
+    run_script(script, monkeypatch, "--model", folder, "--methods", *entries, *options, "--json", "out.json")
     results = json.loads(Path("out.json").read_text())["results"]
     assert list(results) == ["dense", *entries]
     printed = capsys.readouterr().out
     for entry, pattern in entries.items():
         dense, pruned, report = measured_alone(
-            tiny_folder,
-            tokenizer,
+            folder,
             samples=6,
             seqlen=48,
             seed=3,
@@ -228,27 +234,27 @@ def test_solvers_are_timed_beside_bare_products(here, monkeypatch, capsys):
     assert rows["naive mAIHT"]["relative_error"] == pytest.approx(rows["maiht"]["relative_error"], rel=0.02)
 
 
-def test_frozen_zeros_are_timed(here, tiny_folder, monkeypatch, capsys):
+def test_frozen_zeros_are_timed(here, folder, monkeypatch, capsys):
     script = load_script("bench_frozen", monkeypatch)
     options = ["--batch-size", 2, "--seqlen", 16, "--sparsity", 0.6, "--steps", 2, "--json", "out.json"]
-    run_script(script, monkeypatch, "--model", tiny_folder, *options)
+    run_script(script, monkeypatch, "--model", folder, *options)
     found = json.loads(Path("out.json").read_text())
-    sizes = [count.size for count in count_zeros(load_model(str(tiny_folder)))]
+    sizes = [count.size for count in count_zeros(load_model(str(folder)))]
     results = found["results"]
     assert results["frozen_weights"] == sum(floor(6 * size / 10) for size in sizes)
     assert 0 < results["seconds_masking"] < results["seconds_a_step"]
     assert results["share_of_a_step"] == results["seconds_masking"] / results["seconds_a_step"]
-    assert found["settings"]["model"] == tiny_folder.name
+    assert found["settings"]["model"] == folder.name
     assert f"{results['share_of_a_step']:.2%}" in capsys.readouterr().out
 
 
 # ---- reproduce_recovery.py
 
 
-def test_the_recovery_runs_once_and_ends_in_its_figures(here, tiny_folder, monkeypatch):
+def test_the_recovery_runs_once_and_ends_in_its_figures(here, folder, monkeypatch):
     script = load_script("reproduce_recovery", monkeypatch)
     less = {
-        "model.name_or_path": tiny_folder,
+        "model.name_or_path": folder,
         "data.init_args.seqlen": 32,
         "trainer.max_steps": 2,
         "trainer.enable_progress_bar": "false",
@@ -273,26 +279,28 @@ def test_the_recovery_runs_once_and_ends_in_its_figures(here, tiny_folder, monke
         assert entry["measured_sparsity"] == sum(c.zeros for c in counts) / sum(c.size for c in counts)
     assert found["text"]["pruned"] == found["distillation"]["pruned"]
     assert found["text"]["finetuned"] != found["distillation"]["finetuned"]
-    assert str(tiny_folder.parent) not in json.dumps(found)
+    assert str(folder.parent) not in json.dumps(found)
     # Only what is unfinished is done again.
     shutil.rmtree("recovery/distillation")
-    monkeypatch.setattr(script, "maiht", lambda command: (maiht(command), ran.append(command))[0])
-    ran = []
-    run_script(script, monkeypatch, "--output_dir", "recovery", *options)
-    assert [command[command.index("--output_dir") + 1] for command in ran] == ["recovery/distillation"]
-    again = json.loads(Path("recovery/results.json").read_text())
-    assert again["distillation"]["finetuned"] == found["distillation"]["finetuned"]
+
+    def stop(command):
+        assert command[command.index("--output_dir") + 1] == "recovery/distillation"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "maiht", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_script(script, monkeypatch, "--output_dir", "recovery", *options)
 
 
 # ---- Configurations
 
 
-def test_the_quickstarts_configuration(here, tiny_folder):
+def test_the_quickstarts_configuration(here, folder):
     """As scripts/quickstart.sh calls it, with another model and fewer windows to measure."""
     import wandb
 
     config = str(ROOT / "configs" / "quickstart.yaml")
-    less = ["--model.name_or_path", str(tiny_folder), "--pruning.evaluation.max_windows", "2"]
+    less = ["--model.name_or_path", str(folder), "--pruning.evaluation.max_windows", "2"]
     maiht(["fit", "--config", config, "--output_dir", "run", *less])
     wandb.finish()
     summary = json.loads(Path("run/summary.json").read_text())
@@ -308,12 +316,12 @@ def test_the_quickstarts_configuration(here, tiny_folder):
     assert 'maiht fit --config configs/quickstart.yaml --model.name_or_path "$model" "$@"' in script
 
 
-def test_the_papers_configuration(here, tiny_folder):
+def test_the_papers_configuration(here, folder):
     """With a tiny model on the CPU, less text, no tasks and an optimizer that is not compiled; the rest as it is."""
     import wandb
 
     less = {
-        "model.name_or_path": tiny_folder,
+        "model.name_or_path": folder,
         "model.optimizer": "adamw",
         "trainer.accelerator": "cpu",
         "trainer.max_steps": 2,
