@@ -1,7 +1,9 @@
 """The real command line: fit, prune, validate, a run's folder, and bad input answered before training."""
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,9 +12,14 @@ import pytest
 import torch
 import yaml
 
+from byte_model import byte_tokenizer, same_weights, save_folder
+from maiht_lightning import prune
 from maiht_lightning.cli import main
+from maiht_lightning.data.python_docs import PythonDocsCalibration, python_docs_texts
+from maiht_lightning.data.windows import pack_windows
 from maiht_lightning.loading import load_model
 from maiht_lightning.sparsity import count_zeros
+from sharp_model import perplexity_by_definition
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -90,15 +97,76 @@ def test_wandb_offline_twice(options, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "pattern"), [("wanda", "row"), ("magnitude", "unstructured"), ("aiht", "2:4")])
-def test_prune_needs_no_training(options, tiny_folder, tmp_path, method, pattern):
+def test_prune_needs_no_training(options, tiny_folder, tokenizer, tmp_path, method, pattern):
     main(["prune", *options, "--output_dir", "out", "--pruning.method", method, "--pruning.pattern", pattern])
-    pruned, dense = load_model(str(tmp_path / "out" / "model")), load_model(str(tiny_folder))
-    assert all(count.zeros * 2 == count.size for count in count_zeros(pruned))
-    assert torch.equal(pruned.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+    pruned, expected = load_model(str(tmp_path / "out" / "model")), load_model(str(tiny_folder))
+    windows = PythonDocsCalibration(samples=8, seqlen=64).windows(tokenizer, 256)
+    prune(expected, windows, method=method, pattern=pattern, progress=False)
+    assert same_weights(pruned, expected)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["method"], summary["pattern"]) == (method, pattern)
     assert "fit" not in summary["seconds"]
     assert (tmp_path / "out" / "config.yaml").exists()
+
+
+@pytest.fixture(scope="module")
+def bytes_folder(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("bytes"))
+
+
+def cells(printed, first):
+    """The row of a printed table that begins with a text."""
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)] for line in printed.splitlines()]
+    (row,) = [[cell for cell in row if cell] for row in rows if first in row]
+    return row
+
+
+def test_what_is_printed_and_written_at_the_end_equals_measurements(options, bytes_folder, tmp_path, capsys):
+    """Of the dense and the saved pruned model, by the definitions; and of a pruning without Lightning."""
+    main(["prune", *options, "--output_dir", "out", "--model.name_or_path", str(bytes_folder)])
+    printed, progress = capsys.readouterr()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    dense, pruned = load_model(str(bytes_folder)), load_model(str(tmp_path / "out" / "model"))
+
+    texts = "\n\n".join(python_docs_texts("heldout"))
+    windows = torch.tensor(byte_tokenizer()(texts)["input_ids"][: 2 * 64]).view(2, 64)
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        measured = summary["stages"][name]["perplexity"]["python_docs"]
+        assert measured == pytest.approx(perplexity_by_definition(model, windows), rel=1e-5)
+    values = [f"{summary['stages'][name]['perplexity']['python_docs']:.3f}" for name in ("dense", "pruned")]
+    assert values[0] != values[1]
+    assert cells(printed, "measure") == ["measure", "dense", "pruned"]
+    assert cells(printed, "perplexity python_docs") == ["perplexity python_docs", *values]
+
+    weights = {name: w for name, w in pruned.named_parameters() if name.endswith("_proj.weight")}
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    sparsity = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
+    assert summary["measured_sparsity"] == sparsity
+    assert f"maiht, unstructured: {100 * sparsity:.4f}% zeros, counted" in " ".join(printed.split())
+
+    report = prune(dense, PythonDocsCalibration(8, 64).windows(byte_tokenizer(), 128), progress=False)
+    expected = {record.name: record for record in report.layers}
+    with (tmp_path / "out" / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == list(expected)
+    for row in rows:
+        record = expected[row["name"]]
+        assert float(row["relative_error"]) == pytest.approx(record.relative_error, rel=1e-9)
+        assert float(row["sparsity"]) == zeros[f"{row['name']}.weight"] / record.shape[0] / record.shape[1]
+        assert (int(row["block"]), int(row["out"]), int(row["in"])) == (record.block, *record.shape)
+        course = [float(row["objective_first"]), float(row["objective_last"])]
+        assert course == pytest.approx([record.objective[0], record.objective[-1]])
+        assert int(row["iterations"]) == len(record.objective)
+
+    for kind in ("self_attn.q_proj", "mlp.down_proj"):
+        errors = [expected[f"model.layers.{block}.{kind}"].relative_error for block in range(2)]
+        _, count, mean, worst, block, _ = cells(printed, kind)
+        assert (count, worst, block) == ("2", f"{max(errors):.5f}", str(errors.index(max(errors))))
+        assert float(mean) == pytest.approx((errors[0] * errors[1]) ** 0.5, abs=1e-5)
+    # The bar of the pruning has named each layer with its block and error.
+    for record in report.layers:
+        kind = record.name.partition(f".{record.block}.")[2]
+        assert f"block {record.block + 1}/2, {kind}, error {record.relative_error:.4f}" in progress
 
 
 @pytest.mark.slow
@@ -110,9 +178,15 @@ def test_prune_reads_a_checkpoint_and_agrees_with_fit(options, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(fitted.parameters(), pruned.parameters(), strict=True))
 
 
-def test_validate_reports_perplexity(options, capsys):
-    main(["validate", *options])
-    assert "val/perplexity" in capsys.readouterr().out
+@pytest.mark.parametrize(("command", "name"), [("validate", "val"), ("test", "test")])
+def test_validate_and_test_report_the_perplexity_of_their_windows(options, bytes_folder, capsys, command, name):
+    batches = ["--trainer.limit_val_batches", "2", "--trainer.limit_test_batches", "2"]
+    main([command, *options, "--model.name_or_path", str(bytes_folder), *batches])
+    value = float(cells(capsys.readouterr().out, f"{name}/perplexity")[1])
+    windows = pack_windows(python_docs_texts("heldout"), byte_tokenizer(), 64)[:8]
+    model = load_model(str(bytes_folder))
+    assert value == pytest.approx(perplexity_by_definition(model, windows), rel=1e-5)
+    assert value != pytest.approx(perplexity_by_definition(model, windows[:4]), rel=1e-3)
 
 
 @pytest.fixture
@@ -144,7 +218,9 @@ def test_bad_input_is_answered_before_training(options, no_training, capsys, tmp
     with pytest.raises(SystemExit) as stop:
         main([command, *options, *change])
     assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    said = capsys.readouterr().err
+    assert message in " ".join(said.split())
+    assert "Traceback" not in said
     assert not list(tmp_path.glob("runs/*/model"))
 
 
@@ -213,3 +289,40 @@ def test_every_configuration_is_valid_for_fit_and_prune(name, capsys):
             main([command, "--config", path, "--print_config"])
         assert not stop.value.code
         assert yaml.safe_load(capsys.readouterr().out)["pruning"]["method"] == "maiht"
+
+
+def test_the_configuration_printed_is_the_files_with_the_options(options, tmp_path, capsys):
+    changes = ["--pruning.config.mu", "0.25", "--pruning.prune_at", "{step:1: 0.3, end: 0.6}", "--data.seqlen", "32"]
+    with pytest.raises(SystemExit):
+        main(["fit", *options, *changes, "--print_config"])
+    printed = capsys.readouterr().out
+    found, given = yaml.safe_load(printed), yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert found["pruning"]["config"]["mu"] == 0.25
+    assert found["pruning"]["prune_at"] == {"step:1": 0.3, "end": 0.6}
+    assert found["data"]["init_args"]["seqlen"] == 32
+    assert found["data"]["init_args"]["batch_size"] == 4
+    for name in ("samples", "seqlen"):
+        assert found["pruning"]["calibration"]["init_args"][name] == given["pruning"]["calibration"]["init_args"][name]
+    for name, value in given["pruning"]["evaluation"].items():
+        assert found["pruning"]["evaluation"][name] == value
+    # As a file, it is the same configuration.
+    (tmp_path / "printed.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "printed.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == found
+
+
+@pytest.mark.slow
+def test_an_error_of_the_users_is_one_line_and_exit_status_2(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "src")}
+    command = [sys.executable, "-m", "maiht_lightning.cli", "evaluate", "--model", "/nowhere/at/all"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    first, hint = [line for line in done.stderr.splitlines() if "maiht" in line.lower()][-2:]
+    assert first.startswith("maiht: error: no model at /nowhere/at/all")
+    assert hint == "(MAIHT_TRACEBACK=1 shows where.)"
+    assert "Traceback" not in done.stderr
+    environment["MAIHT_TRACEBACK"] = "1"
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
