@@ -395,6 +395,19 @@ def test_layers_that_run_on_every_token_are_not():
     batches = [Batch(torch.ones(2, 3, 4), [((), {})], torch.device("cpu")) for _ in range(3)]
     assert [group.gram[0, 0] for group in accumulate_grams(block, batches, 0)] == [18, 18, 18]
 
+    class Pair(nn.Module):
+        """The last input is that of two layers: a pass ends at the first of them."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.left, self.right = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, hidden):
+            hidden = hidden + self.first(hidden)
+            return self.left(hidden) + self.right(hidden)
+
+    assert [group.names for group in accumulate_grams(Pair(), batches, 0)] == [["first"], ["left", "right"]]
+
     class Heads(nn.Module):
         def __init__(self):
             super().__init__()

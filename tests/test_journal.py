@@ -345,6 +345,9 @@ def test_a_digest_is_of_all_bits(dtype):
     others = [entries.view(6, 4), entries.flip(0), entries.roll(1), -entries, entries[0], entries[0, 0]]
     others += [entries.to(torch.complex64), entries.bool()]
     assert len({of(entries), of(entries, "b"), *map(of, others)}) == 2 + len(others)
+    # Of the same bits in another format.
+    same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert of(entries.view(same_size)) != of(entries)
     both = {"a": lambda: entries, "b": lambda: entries.T}
     assert digest(both) == digest(dict(reversed(both.items())))
 

@@ -206,6 +206,19 @@ def test_batches_are_as_large_as_asked_for(llama, windows, batch_size):
     assert sorted(seen) == sorted(2 * [len(tokens) for tokens in windows.split(batch_size)])
 
 
+@pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("float64", False), ("tf32", True)])
+def test_gram_matrices_are_in_tf32_where_the_solver_may_be(llama, windows, precision, tf32, monkeypatch):
+    seen, original = [], pruner.accumulate_grams
+
+    def note(*arguments, tf32, **settings):
+        seen.append(tf32)
+        return original(*arguments, tf32=tf32, **settings)
+
+    monkeypatch.setattr(pruner, "accumulate_grams", note)
+    prune(llama, windows, method="magnitude", config=MAIHTConfig(precision=precision), progress=False)
+    assert seen == [tf32] * 3
+
+
 def test_autocast_does_not_reuse_dense_weights(llama, windows):
     cached, fresh = copy.deepcopy(llama), copy.deepcopy(llama)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -315,6 +315,18 @@ def test_bad_settings(setting, value):
         replace(FLOAT64, **{setting: value})
 
 
+def test_by_default_it_is_the_papers_at_half_the_weights():
+    weight, gram = make_problem(13, 12, 16)
+    settings = {"mu": 0.1, "iterations": 50, "refine_iterations": 30, "step_scale": 0.95, "precision": "float32"}
+    rest = {"tolerance": 0.0, "memory_budget": None, "keep_zeros": False}
+    everything = {"sparsity": 0.5, "pattern": "unstructured", "method": "maiht"}
+    expected = prune_layer(weight, gram, **everything, config=MAIHTConfig(**settings, **rest))
+    others = [prune_layer(weight, gram, config=config) for config in (None, "paper")]
+    for found in (*others, prune_layer(weight, gram), LayerSolver(gram).prune(weight)):
+        assert torch.equal(found.weight, expected.weight)
+        assert found.objective == expected.objective
+
+
 def test_a_bad_layer_does_not_spoil_the_others_of_its_group():
     solver = LayerSolver(torch.eye(8))
     with pytest.raises(ValueError, match="gram must have shape"):
