@@ -1,6 +1,8 @@
 """CausalLMModule and loading: where weights come from, modes, precision, learning."""
 
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -8,8 +10,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from maiht_lightning import CausalLMModule, FrozenSparsity, prune
+from maiht_lightning.cli import main
+from maiht_lightning.data.sources import evaluation_windows
 from maiht_lightning.loading import load_model, load_tokenizer
 from maiht_lightning.sparsity import count_zeros
+from sharp_model import language, perplexity_by_definition, sharpen
 
 
 class Repeated(LightningDataModule):
@@ -81,6 +86,86 @@ def test_training_lowers_the_loss_and_reports_perplexity(folder):
     before = trainer.callback_metrics["val/perplexity"].item()
     trainer.fit(module, Repeated())
     assert trainer.callback_metrics["val/perplexity"].item() < before / 2
+
+
+class Language(LightningDataModule):
+    """Windows of a language that the model knows: others in each split, and a last batch of one."""
+
+    windows = {name: language(5, 12, seed) for seed, name in enumerate(("train", "val", "test"))}  # noqa: RUF012
+
+    def _loader(self, split):
+        return DataLoader([{"input_ids": window} for window in self.windows[split]], batch_size=2)
+
+    def train_dataloader(self):
+        return self._loader("train")
+
+    def val_dataloader(self):
+        return self._loader("val")
+
+    def test_dataloader(self):
+        return self._loader("test")
+
+
+def test_validation_and_test_log_perplexity_by_its_definition(tiny_llama, tmp_path):
+    """Of a model that was trained a little, so that its perplexity is neither its vocabulary's size nor what it was."""
+    sharpen(tiny_llama(vocab_size=64)).save_pretrained(tmp_path)
+    module, data, found = CausalLMModule(str(tmp_path), learning_rate=3e-3, warmup_fraction=0), Language(), {}
+    trainer = quiet_trainer(max_epochs=2)
+    trainer.fit(module, data)
+    found["fit"] = trainer.callback_metrics["val/perplexity"].item()
+    found["val"] = trainer.validate(module, data, verbose=False)[0]["val/perplexity"]
+    found["test"] = trainer.test(module, data, verbose=False)[0]["test/perplexity"]
+    expected = {split: perplexity_by_definition(module.model, data.windows[split]) for split in ("val", "test")}
+    assert found == pytest.approx({"fit": expected["val"], **expected}, rel=1e-5)
+    before = perplexity_by_definition(load_model(str(tmp_path)).eval(), data.windows["val"])
+    assert len({round(value, 2) for value in (before, expected["val"], expected["test"], 64)}) == 4
+
+
+@pytest.mark.slow
+def test_maiht_validate_and_test_print_perplexity_by_its_definition(tiny_folder, tokenizer, tmp_path, capsys):
+    model = load_model(str(tiny_folder)).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # predictions that differ from token to token
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    windows = evaluation_windows("python_docs", tokenizer, 32, 5)
+    options = ["--model.name_or_path", str(tmp_path / "model"), "--data", "PythonDocsDataModule"]
+    options += ["--data.seqlen", "32", "--data.batch_size", "3", "--trainer.accelerator", "cpu"]
+    options += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--output_dir", str(tmp_path)]
+    for command, split, batches in (("validate", "val", 1), ("test", "test", 1)):
+        main([command, *options, f"--trainer.limit_{split}_batches", str(batches)])
+        printed = re.search(rf"{split}/perplexity\D+([\d.]+)", capsys.readouterr().out)
+        expected = perplexity_by_definition(model, windows[: 3 * batches])
+        assert float(printed[1]) == pytest.approx(expected, rel=1e-5)
+        assert not 0.5 < expected / len(tokenizer) < 2
+
+
+def test_a_fit_is_that_of_a_plain_loop(tiny_llama, tmp_path):
+    """AdamW with decay of matrices alone, a linear warm-up, and a cosine to 0, by their definitions."""
+    rate, decay, steps, warm = 3e-3, 0.5, 6, 3
+    model = sharpen(tiny_llama(vocab_size=64))
+    model.save_pretrained(tmp_path)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    module = CausalLMModule(str(tmp_path), learning_rate=rate, weight_decay=decay, warmup_fraction=warm / steps)
+    quiet_trainer(max_epochs=2, limit_val_batches=0).fit(module, Language())
+
+    model.train()
+    moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
+    for step, batch in enumerate(list(Language().train_dataloader()) * 2):
+        tokens = batch["input_ids"]
+        logits = model(input_ids=tokens, use_cache=False).logits
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        share = step / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+        for name, p in model.named_parameters():
+            first, second = moments[name]
+            first.mul_(0.9).add_(0.1 * p.grad)
+            second.mul_(0.999).add_(0.001 * p.grad**2)
+            direction = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            p.data -= share * rate * (direction + (decay * p.data if p.ndim == 2 else 0))
+    for name, p in module.model.named_parameters():
+        moved, expected = p.detach() - start[name], model.get_parameter(name).detach() - start[name]
+        assert (moved - expected).norm() < 0.01 * expected.norm(), name
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(folder):

@@ -1,6 +1,7 @@
 """The sparse fine-tune from the real command line, killed and resumed, in W&B, and with several processes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from maiht_lightning import CausalLMModule
 from maiht_lightning.cli import main
 from maiht_lightning.loading import load_model
 from maiht_lightning.sparsity import count_zeros
@@ -92,12 +94,81 @@ def test_the_schedule_of_the_second_fit_is_its_own(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_distilled_from_the_command_line(options, tmp_path):
-    main(["fit", *options, "--output_dir", "out", "--sparse_finetune.distillation", "0.5"])
-    dense, finetuned = weights_of("out/model_dense"), weights_of("out/model_finetuned")
-    assert all(weight.all() for name, weight in dense.items() if "_proj" in name)
-    zeros = [int((w == 0).sum()) == int(0.6 * w.numel()) for name, w in finetuned.items() if "_proj" in name]
-    assert all(zeros)
+def test_the_second_phase_is_what_the_file_says(options, tiny_folder, tokenizer, tmp_path, monkeypatch):
+    """Length, learning rate, warm-up, distillation and temperature, against a plain loop over the same batches."""
+    sharp = load_model(str(tiny_folder))
+    with torch.no_grad():
+        for name, weight in sharp.named_parameters():
+            if "_proj" in name or "lm_head" in name:
+                weight.mul_(10)  # so that the pruned model predicts something else than the dense one
+    sharp.save_pretrained("sharp")
+    tokenizer.save_pretrained("sharp")
+    rate, share, weight, temperature = 2e-3, 0.25, 0.4, 2.0
+    config = yaml.safe_load(Path("run.yaml").read_text())
+    config["model"]["name_or_path"] = "sharp"
+    config["data"]["init_args"] = {"seqlen": 32, "batch_size": 2}
+    config["trainer"] |= {"limit_train_batches": 8, "enable_checkpointing": False, "callbacks": None}
+    config["sparse_finetune"] = {
+        "max_epochs": 1,
+        "learning_rate": rate,
+        "warmup_fraction": share,
+        "distillation": weight,
+        "temperature": temperature,
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    batches, losses, step_of = [], [], CausalLMModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        loss = step_of(self, batch, batch_idx)
+        batches.append(batch["input_ids"])
+        losses.append(float(loss.detach()))
+        return loss
+
+    monkeypatch.setattr(CausalLMModule, "training_step", training_step)
+    main(["fit", *options, "--output_dir", "out"])
+    assert len(losses) == 3 + 8
+
+    dense, student = load_model("out/model_dense").eval(), load_model("out/model").train()
+    start = {name: p.detach().clone() for name, p in student.named_parameters()}
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, weight_decay=0.0)
+    for step, batch in enumerate(batches[3:]):
+        output = student(input_ids=batch, labels=batch)
+        with torch.no_grad():
+            target = dense(input_ids=batch).logits
+
+        def divergence(temperature, output=output, target=target):
+            q, p = (torch.log_softmax(x[:, :-1].double() / temperature, -1) for x in (output.logits, target))
+            return temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
+
+        loss = (1 - weight) * output.loss + weight * divergence(temperature)
+        assert losses[3 + step] == pytest.approx(float(loss), rel=1e-4)
+        for other in ((1 - weight) * output.loss + weight * divergence(2 * temperature), output.loss):
+            assert losses[3 + step] != pytest.approx(float(other), rel=1e-3)
+        optimizer.zero_grad()
+        loss.backward()
+        cosine = (1 + math.cos(math.pi * (step - 2) / 6)) / 2
+        optimizer.param_groups[0]["lr"] = rate * (step / 2 if step < 2 else cosine)  # two of eight steps are warm-up
+        for name, p in student.named_parameters():
+            p.grad *= (start[name] != 0) | ("_proj" not in name)
+        optimizer.step()
+    for name, finetuned in weights_of("out/model_finetuned").items():
+        moved, expected = finetuned - start[name], student.get_parameter(name).detach() - start[name]
+        assert (moved - expected).norm() < 0.02 * expected.norm(), name
+
+
+@pytest.mark.slow
+def test_a_fit_resumed_after_its_pruning_goes_on_in_its_folder(options):
+    """Without --output_dir: the checkpoint knows the run's folder."""
+    command = ["fit", *options, "--pruning.prune_at", "step:2", "--sparse_finetune.max_steps", "null"]
+    main([*command, "--output_dir", "out", "--trainer.max_steps", "3"])
+    (checkpoint,) = Path("out").glob("**/*step=3.ckpt")
+    finished = weights_of("out/model_finetuned")
+    main([*command, "--ckpt_path", str(checkpoint), "--trainer.max_steps", "6"])
+    assert not Path("runs").exists()
+    assert list(json.loads(Path("out/summary.json").read_text())["stages"]) == ["dense", "pruned", "finetuned"]
+    pruned, further = weights_of("out/model"), weights_of("out/model_finetuned")
+    assert any(not torch.equal(weight, further[name]) for name, weight in finished.items())
+    assert all(torch.equal(w == 0, further[name] == 0) for name, w in pruned.items() if "_proj" in name)
 
 
 @pytest.mark.slow
@@ -119,35 +190,73 @@ def test_wandb_goes_on_with_the_same_run_and_axis(options, tmp_path):
     assert config["sparse_finetune"]["max_steps"] == 18
 
 
+SHIPPED = {
+    "smollm2_recovery": [],
+    # Any file is one for recovery with this.
+    "smollm2_wikitext2": ["--sparse_finetune.max_epochs", "1", "--trainer.max_epochs", "-1"],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("distillation", ["0", "0.5"])
-def test_killed_in_the_sparse_phase_and_resumed(options, tmp_path, distillation):
-    command = [sys.executable, "-m", "maiht_lightning.cli", "fit", *options]
-    command += ["--sparse_finetune.distillation", distillation]
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
-    # Both at the same time; sums of floats depend on the number of threads.
-    undisturbed = subprocess.Popen([*command, "--output_dir", "whole"], env=environment, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen([*command, "--output_dir", "broken"], env=environment, stderr=subprocess.DEVNULL)
-    written = tmp_path / "broken" / "sparse_checkpoints"
-    deadline = time.monotonic() + 180
-    while len(list(written.glob("epoch*.ckpt"))) < 5 and process.poll() is None and time.monotonic() < deadline:
+@pytest.mark.parametrize("name", SHIPPED)
+def test_killed_in_the_sparse_phase_and_resumed(name, tiny_folder, local_data, tmp_path, monkeypatch):
+    """The files as they are, with a small model, less text and fewer steps, from the command in the README."""
+    monkeypatch.chdir(tmp_path)
+    less = {
+        "model.name_or_path": tiny_folder,
+        "data.init_args.seqlen": 16,
+        "trainer.max_steps": 20,
+        "trainer.limit_train_batches": 45,
+        "trainer.limit_val_batches": 2,
+        "pruning.calibration.init_args.samples": 4,
+        "pruning.calibration.init_args.seqlen": 32,
+        "pruning.evaluation.seqlen": 32,
+        "pruning.evaluation.max_windows": 2,
+    }
+    options = [text for setting, value in less.items() for text in (f"--{setting}", str(value))]
+    config = str(ROOT / "configs" / f"{name}.yaml")
+    command = [sys.executable, "-m", "maiht_lightning.cli", "fit", "--config", config, *options, *SHIPPED[name]]
+    # Sums of floats depend on the number of threads.
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "MAIHT_DATA_DIR": str(local_data)}
+
+    def start(run):
+        with open(f"{run}.log", "w") as log:
+            return subprocess.Popen([*command, "--output_dir", run], env=environment, stdout=log, stderr=log)
+
+    # Both at the same time.
+    undisturbed, process = start("whole"), start("broken")
+    last, deadline = Path("broken/sparse_checkpoints/last.ckpt"), time.monotonic() + 300
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
     process.wait()
-    assert undisturbed.wait() == 0
-    assert not (tmp_path / "broken" / "model_finetuned").exists()
-    steps = {torch.load(p, weights_only=True)["global_step"]: p for p in written.glob("epoch*.ckpt")}
-    newest = steps[max(steps)]
-    assert max(steps) < 21
+    assert last.exists(), Path("broken.log").read_text()[-3000:]
+    assert undisturbed.wait() == 0, Path("whole.log").read_text()[-3000:]
+    assert not Path("broken/model_finetuned").exists()
+    assert torch.load(last, weights_only=True)["global_step"] in (40, 60)  # after 20 or 40 steps, of 45 in this phase
+    for run in ("whole", "broken"):
+        # Of the first phase: what a run goes on from that died in it or while it was pruned.
+        (checkpoint,) = Path(run).glob("maiht-smollm2/*/checkpoints/last.ckpt")
+        assert torch.load(checkpoint, weights_only=True)["global_step"] == 20
 
     # Without --output_dir: the checkpoint knows the run's folder.
     done = subprocess.run(
-        [*command, "--ckpt_path", str(newest)], check=True, env=environment, capture_output=True, text=True
+        [*command, "--ckpt_path", str(last)], env=environment, capture_output=True, text=True, check=False
     )
+    assert done.returncode == 0, done.stderr[-3000:]
     whole, resumed = weights_of("whole/model_finetuned"), weights_of("broken/model_finetuned")
-    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items()), done.stderr[-2000:]
+    assert all(torch.equal(weight, resumed[layer]) for layer, weight in whole.items())
     one, two = (json.loads(Path(run, "summary.json").read_text())["stages"] for run in ("whole", "broken"))
     assert one == two
+    assert list(one) == ["dense", "pruned", "finetuned"]
+    sparsity = yaml.safe_load(Path("whole/config.yaml").read_text())["pruning"]["sparsity"]
+    for layer, weight in resumed.items():
+        if "_proj" in layer:
+            assert int((weight == 0).sum()) == int(sparsity * weight.numel())
+    assert {path.name for path in Path("runs").glob("*")} == set()
+    # The last one of the phase, by the second of the files' callbacks.
+    (end,) = Path("broken/sparse_checkpoints").glob("epoch*.ckpt")
+    assert torch.load(end, weights_only=True)["global_step"] == 65
 
 
 def test_averages_are_refused_before_the_first_phase(options, tmp_path, capsys):
@@ -192,36 +301,6 @@ def test_the_example_in_own_code(tiny_folder, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert list(summary["stages"]) == ["dense", "pruned", "finetuned"]
     assert summary["measured_sparsity"] == 0.5
-
-
-@pytest.mark.slow
-def test_the_example_of_recovery_in_one_run(tiny_folder, local_data, tmp_path, monkeypatch):
-    """The file as it is, with a small model, less text and fewer steps."""
-    import wandb
-
-    monkeypatch.chdir(tmp_path)
-    less = {
-        "model.name_or_path": tiny_folder,
-        "data.init_args.seqlen": 64,
-        "trainer.accelerator": "cpu",
-        "trainer.max_steps": 4,
-        "trainer.val_check_interval": 2,
-        "trainer.check_val_every_n_epoch": "null",
-        "trainer.limit_val_batches": 2,
-        "pruning.calibration.init_args.samples": 4,
-        "pruning.calibration.init_args.seqlen": 64,
-        "pruning.evaluation.seqlen": 64,
-        "pruning.evaluation.max_windows": 2,
-        "sparse_finetune.max_steps": 6,
-    }
-    options = [text for name, value in less.items() for text in (f"--{name}", str(value))]
-    main(["fit", "--config", str(ROOT / "configs" / "smollm2_recovery.yaml"), "--output_dir", "run", *options])
-    wandb.finish()
-    assert list(json.loads(Path("run/summary.json").read_text())["stages"]) == ["dense", "pruned", "finetuned"]
-    for path in Path("run/sparse_checkpoints").glob("*.ckpt"):
-        saved = torch.load(path, weights_only=True)["state_dict"]
-        zeros = [(w == 0).float().mean().item() for name, w in saved.items() if "_proj" in name]
-        assert zeros == pytest.approx([0.6] * len(zeros), abs=1e-3)
 
 
 # ---- Several processes, compiled models

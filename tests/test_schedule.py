@@ -9,9 +9,18 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from maiht_lightning import Distillation, FrozenSparsity, MAIHTPruning, SparseFinetune, prune, sparse_finetune
+from maiht_lightning import (
+    CausalLMModule,
+    Distillation,
+    FrozenSparsity,
+    MAIHTPruning,
+    SparseFinetune,
+    prune,
+    sparse_finetune,
+)
 from maiht_lightning.callbacks.schedule import Shot, parse_schedule
 from maiht_lightning.sparsity import count_zeros
 from own_module import NoTokenizer, OwnModule, Windows, trainer
@@ -299,6 +308,24 @@ def test_a_second_fit_goes_on_in_the_same_run(module, text, tmp_path):
     for path, zeros in ((dense, 0.0), (checkpoints.best_model_path, 0.5), (checkpoints.last_model_path, 0.5)):
         weight = torch.load(path, weights_only=True)["state_dict"]["net.lm.model.layers.0.mlp.up_proj.weight"]
         assert (weight == 0).float().mean() == zeros
+
+
+def test_its_warm_up(tiny_llama, text, tmp_path):
+    """Over its own steps, and with the learning rate's own cosine."""
+    tiny_llama(vocab_size=64).save_pretrained(tmp_path / "model")
+    module, rates = CausalLMModule(str(tmp_path / "model"), learning_rate=1e-3, warmup_fraction=0.0), []
+    module.tokenizer = NoTokenizer()
+    module.on_train_batch_start = lambda *_: rates.append(module.optimizers().param_groups[0]["lr"])
+    data = DataLoader([{"input_ids": row} for row in torch.arange(16 * 8).reshape(16, 8) % 64], batch_size=2)
+    fit = trainer(pruning(tmp_path), max_steps=3)
+    fit.fit(module, data)
+    settings = SparseFinetune(max_steps=8, learning_rate=2e-3, warmup_fraction=0.5)
+    sparse_finetune(fit, module, settings, train_dataloaders=data)
+    assert rates[0] == 1e-3
+    rising, falling = (
+        [2e-3 * share for share in shares] for shares in ([0, 0.25, 0.5, 0.75], [1, 0.8536, 0.5, 0.1464])
+    )
+    assert rates[3:] == pytest.approx(rising + falling, rel=1e-3)
 
 
 def test_its_length_in_steps(module, text, tmp_path):
