@@ -198,6 +198,7 @@ SHIPPED = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three processes, beside whatever else runs
 @pytest.mark.parametrize("name", SHIPPED)
 def test_killed_in_the_sparse_phase_and_resumed(name, tiny_folder, local_data, tmp_path, monkeypatch):
     """The files as they are, with a small model, less text and fewer steps, from the command in the README."""
@@ -225,7 +226,7 @@ def test_killed_in_the_sparse_phase_and_resumed(name, tiny_folder, local_data, t
 
     # Both at the same time.
     undisturbed, process = start("whole"), start("broken")
-    last, deadline = Path("broken/sparse_checkpoints/last.ckpt"), time.monotonic() + 300
+    last, deadline = Path("broken/sparse_checkpoints/last.ckpt"), time.monotonic() + 900
     while not last.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
