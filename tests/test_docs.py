@@ -475,15 +475,15 @@ def test_the_table_of_methods_is_the_results():
         if found is None:
             continue
         dense, *rows = table
-        assert number(dense[2]) == pytest.approx(found["dense"]["perplexity"]["wikitext2"], abs=0.005)
+        assert number(dense[2]) == pytest.approx(found["dense"]["perplexity"]["wikitext2"], abs=0.00501)
         runs = {(run["setting"], run["method"]): run for run in found["runs"]}
         seen = set()
         for setting, method, *middle, error in rows:
             key = (setting if ":" in setting else f"{float(setting.rstrip(' %')) / 100:g}", LABELS[method])
             seen.add(key)
             value = runs[key]["perplexity"]["wikitext2"]
-            assert number(middle[0]) == pytest.approx(value, abs=0.005 if value < 1000 else 0.5)
-            assert number(error) == pytest.approx(runs[key]["mean_relative_error"], abs=0.00005)
+            assert number(middle[0]) == pytest.approx(value, abs=0.00501 if value < 1000 else 0.501)
+            assert number(error) == pytest.approx(runs[key]["mean_relative_error"], abs=0.0000501)
             assert len(middle) == 1 + len(found["dense"].get("tasks", {})) + ("mean_accuracy" in found["dense"])
         assert seen == set(runs)
     if found is not None:
@@ -538,7 +538,7 @@ def test_the_table_of_ratios_is_the_results():
             setting = label if ":" in label else f"{float(label.rstrip(' %')) / 100:g}"
             for cell, other in zip(cells, ("magnitude", "wanda", "sparsegpt", "admm"), strict=True):
                 value = perplexity[setting, "maiht"] / perplexity[setting, other]
-                assert number(cell) == pytest.approx(value, abs=0.0005)
+                assert number(cell) == pytest.approx(value, abs=0.000501)
 
 
 @pytest.mark.parametrize("name", ["solver-speed", "solver-speed-large"])
@@ -554,8 +554,8 @@ def test_the_tables_of_times_are_the_results(name):
             assert LABELS.get(method, method) == row["method"]
             settings = found["settings"]
             assert iterations == f"{settings['iterations']} + {settings['refine_iterations']}"
-            assert number(ratio) == pytest.approx(row["times_bare_products"], abs=0.005)
-            assert number(error) == pytest.approx(row["relative_error"], abs=0.00005)
+            assert number(ratio) == pytest.approx(row["times_bare_products"], abs=0.00501)
+            assert number(error) == pytest.approx(row["relative_error"], abs=0.0000501)
         by_method = {(row["layer"], row["method"]): row["times_bare_products"] for row in found["rows"]}
         for (layer, method), ratio in by_method.items():
             # What the page says beside the table: ADMM-Grad takes less time than mAIHT, a naive mAIHT more.
@@ -570,7 +570,7 @@ def test_the_tables_of_recovery_and_of_frozen_zeros_are_the_results():
     for table in tables_named("recovery"):
         for cells, run in zip(table, (found or {}).values(), strict=True):
             for cell, stage in zip(cells[1:], ("dense", "pruned", "finetuned"), strict=True):
-                assert number(cell) == pytest.approx(run[stage]["wikitext2"], abs=0.005)
+                assert number(cell) == pytest.approx(run[stage]["wikitext2"], abs=0.00501)
             # Recovery works, and keeps the zeros.
             assert run["dense"]["wikitext2"] < run["finetuned"]["wikitext2"] < run["pruned"]["wikitext2"]
             assert run["settings"]["sparsity"] == 0.6
@@ -579,7 +579,7 @@ def test_the_tables_of_recovery_and_of_frozen_zeros_are_the_results():
     for table in tables_named("frozen"):
         for cells in table:
             assert number(cells[2]) == found["results"]["frozen_weights"]
-            assert number(cells[3]) == pytest.approx(100 * found["results"]["share_of_a_step"], abs=0.05)
+            assert number(cells[3]) == pytest.approx(100 * found["results"]["share_of_a_step"], abs=0.0501)
 
 
 def test_no_measured_figure_stands_outside_the_generated_tables():
