@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from small_texts import load_script
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "mutation_test.py"
 
 CODE = """\
@@ -111,3 +113,12 @@ def test_tests_that_fail_unbroken_kill_nothing(tree):
     (tree / "tests/test_toy.py").write_text(TESTS.replace("== 6", "== 7"))
     assert run(tree, "--only", "killed") == (0, {"killed": "killed"})
     assert run(tree, "--only", "killed", "--check-baseline") == (1, {"unbroken": "error"})
+
+
+def test_the_lists_fit_the_code(monkeypatch):
+    """Ids are unique, and each text to be broken is found once."""
+    script = load_script("mutation_test", monkeypatch)
+    for mutation in script.load_mutations(sorted((SCRIPT.parent / "mutations").glob("*.toml")), []):
+        source = (SCRIPT.parents[1] / mutation.file).read_text()
+        assert source.count(mutation.old) == 1, mutation
+        assert mutation.new != mutation.old, mutation
