@@ -78,8 +78,14 @@ def test_evaluate_prints_and_writes_what_is_measured(tiny_folder, tokenizer, tex
         ),
         (["--model", "MODEL", "--limit", "0"], "limit"),
         (["--model", "MODEL", "--output", "not/there.json"], "output: expected a file in an existing folder"),
-        (["--model", "MODEL", "--output", "."], "output: expected a file in an existing folder"),
-        (["--model", "MODEL", "--device", "abacus"], "device must be one that PyTorch finds here.*'abacus'"),
+        (
+            ["--model", "MODEL", "--perplexity", "[fox.txt]", "--output", "."],
+            "output: expected a file in an existing folder",
+        ),
+        (
+            ["--model", "MODEL", "--perplexity", "[fox.txt]", "--device", "abacus"],
+            "device must be one that PyTorch finds here.*'abacus'",
+        ),
         ([], "model"),
     ],
 )

@@ -145,7 +145,7 @@ def test_export_keeps_the_checkpoints_format_unless_told_otherwise(tmp_path, mon
     assert f"small: {sizes} in {str(dtype).removeprefix('torch.')}" in said
 
 
-def test_a_bfloat16_folder_becomes_smaller(tmp_path, monkeypatch):
+def test_a_bfloat16_folder_becomes_smaller(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = llama_config(hidden_size=128, intermediate_size=256)
     model = AutoModelForCausalLM.from_pretrained(save_folder(tmp_path / "pruned", config, dtype=torch.bfloat16))
@@ -153,6 +153,10 @@ def test_a_bfloat16_folder_becomes_smaller(tmp_path, monkeypatch):
     model.save_pretrained("pruned")
     main(["export", "--model", "pruned", "--output", "small"])
     assert written_bytes(tmp_path / "small") < 0.75 * written_bytes(tmp_path / "pruned")
+    small, dense = (written_bytes(tmp_path / name) / 2**20 for name in ("small", "pruned"))
+    # Large enough for the digits that are printed.
+    assert f"{small:.1f} MiB instead of {dense:.1f} MiB in bfloat16" in capsys.readouterr().out
+    assert round(dense, 1) != round(2 * dense, 1) != round(small, 1)
 
 
 def test_a_config_alone_has_its_own_format_or_float32(tmp_path):
