@@ -14,8 +14,8 @@ from torch import Tensor
 
 from maiht_lightning import FrozenSparsity, WikiText2DataModule
 from maiht_lightning.data.python_docs import PythonDocsDataModule
-from maiht_lightning.loading import load_model, load_tokenizer
-from maiht_lightning.sparsity import count_zeros, measured_sparsity
+from maiht_lightning.models.loading import load_model, load_tokenizer
+from maiht_lightning.models.sparsity import count_zeros, measured_sparsity
 
 
 class LoraModule(LightningModule):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from maiht_lightning import MAIHTPruning, SparseFinetune, sparse_finetune
 from maiht_lightning.data.python_docs import PythonDocsCalibration, PythonDocsDataModule
-from maiht_lightning.evaluation.settings import Evaluation
-from maiht_lightning.loading import load_model, load_tokenizer
+from maiht_lightning.evaluation.evaluation import Evaluation
+from maiht_lightning.models.loading import load_model, load_tokenizer
 
 
 class MyModule(LightningModule):

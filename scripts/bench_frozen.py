@@ -16,7 +16,7 @@ import torch
 
 from fetch_smollm2 import fetch
 from maiht_lightning import freeze, prune
-from maiht_lightning.loading import load_model
+from maiht_lightning.models.loading import load_model
 from maiht_lightning.reporting.environment import environment
 
 

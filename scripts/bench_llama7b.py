@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from maiht_lightning.estimate.devices import GIB, SHEETS, find_device
 from maiht_lightning.estimate.plan import Estimate, Job, estimate
 from maiht_lightning.estimate.shape import ModelShape
-from maiht_lightning.pruner import prune
+from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.solvers import MAIHTConfig
 
 # hidden, inner, blocks, heads, key and value heads, vocabulary

@@ -27,9 +27,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from fetch_smollm2 import fetch
 from maiht_lightning import C4Calibration, MAIHTConfig, prune_layer
-from maiht_lightning.capture import accumulate_grams, advance, evaluation_mode, find_blocks, find_linears, record_inputs
+from maiht_lightning.capture.block_inputs import record_inputs
+from maiht_lightning.capture.grams import accumulate_grams, advance
 from maiht_lightning.data.python_docs import PythonDocsCalibration
-from maiht_lightning.loading import load_model, load_tokenizer
+from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_linears
+from maiht_lightning.models.loading import load_model, load_tokenizer
 from maiht_lightning.reporting.environment import environment
 from maiht_lightning.solvers import METHODS, admm
 from maiht_lightning.solvers.maiht import step_size

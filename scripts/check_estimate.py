@@ -27,8 +27,8 @@ from maiht_lightning.estimate.devices import find_device
 from maiht_lightning.estimate.plan import Job, estimate
 from maiht_lightning.estimate.shape import ModelShape
 from maiht_lightning.evaluation.perplexity import perplexity
-from maiht_lightning.loading import load_model
-from maiht_lightning.pruner import prune
+from maiht_lightning.models.loading import load_model
+from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.reporting.formats import duration, memory
 from maiht_lightning.solvers import MAIHTConfig
 

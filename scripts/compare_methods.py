@@ -17,7 +17,7 @@ from fetch_smollm2 import fetch
 from maiht_lightning import C4Calibration, prune
 from maiht_lightning.data.sources import evaluation_windows
 from maiht_lightning.evaluation.perplexity import perplexity
-from maiht_lightning.loading import load_model, load_tokenizer
+from maiht_lightning.models.loading import load_model, load_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

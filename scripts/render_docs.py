@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maiht_lightning.reporting.compare import draw_comparison
+from maiht_lightning.reporting.comparison.rows import draw_comparison
+from maiht_lightning.reporting.comparison.runs import Run
 from maiht_lightning.reporting.formats import method_name, perplexity
-from maiht_lightning.reporting.run_folder import Summary
-from maiht_lightning.reporting.runs import Run
+from maiht_lightning.reporting.summary import Summary
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md")

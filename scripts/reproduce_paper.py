@@ -24,14 +24,14 @@ from rich.console import Console
 
 from fetch_smollm2 import fetch
 from maiht_lightning import C4Calibration, prune
-from maiht_lightning.evaluation.settings import Evaluation, Measurement
+from maiht_lightning.evaluation.evaluation import Evaluation, LoadedEvaluation
 from maiht_lightning.evaluation.zero_shot import PAPER_TASKS
-from maiht_lightning.loading import load_model, load_tokenizer
-from maiht_lightning.reporting.compare import comparison, write_comparison
+from maiht_lightning.models.loading import load_model, load_tokenizer
+from maiht_lightning.reporting.comparison.rows import comparison, write_comparison
+from maiht_lightning.reporting.comparison.runs import Run, read_run
 from maiht_lightning.reporting.environment import environment
-from maiht_lightning.reporting.run_folder import Summary, write_layers
-from maiht_lightning.reporting.run_report import write_report
-from maiht_lightning.reporting.runs import Run, read_run
+from maiht_lightning.reporting.run.report import write_report
+from maiht_lightning.reporting.summary import Summary, write_layers
 from maiht_lightning.solvers import check_method, parse_pattern
 
 
@@ -199,7 +199,7 @@ def one_run(
     model: Any,
     tokenizer: Any,
     windows: torch.Tensor,
-    measurement: Measurement,
+    measurement: LoadedEvaluation,
     summary: Summary,
     settings: dict[str, Any],
     batch_size: int,

@@ -144,15 +144,16 @@ def tiny_folder(tokenizer, tmp_path_factory):
 @pytest.fixture
 def text(monkeypatch):
     """Evaluation windows without a tokenizer, in the language of `sharp_model`."""
-    from maiht_lightning.evaluation.settings import Evaluation, Measurement
     from sharp_model import language
 
+    from maiht_lightning.evaluation.evaluation import Evaluation, LoadedEvaluation
+
     windows = language(4, 32, seed=2)
-    monkeypatch.setattr(Evaluation, "load", lambda self, *_: Measurement(self, {"random": windows}, {}))
+    monkeypatch.setattr(Evaluation, "load", lambda self, *_: LoadedEvaluation(self, {"random": windows}, {}))
     return windows
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
     """No figures are drawn for a run, which would take longer than a small fit and its pruning."""
-    monkeypatch.setattr("maiht_lightning.reporting.run_report.draw_figures", lambda *_: {})
+    monkeypatch.setattr("maiht_lightning.reporting.run.report.draw_figures", lambda *_: {})

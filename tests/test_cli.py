@@ -12,14 +12,14 @@ import pytest
 import torch
 import yaml
 
-from byte_model import byte_tokenizer, same_weights, save_folder
+from helpers.byte_model import byte_tokenizer, same_weights, save_folder
+from helpers.sharp_model import perplexity_by_definition
 from maiht_lightning import prune
 from maiht_lightning.cli import main
 from maiht_lightning.data.python_docs import PythonDocsCalibration, python_docs_texts
 from maiht_lightning.data.windows import pack_windows
-from maiht_lightning.loading import load_model
-from maiht_lightning.sparsity import count_zeros
-from sharp_model import perplexity_by_definition
+from maiht_lightning.models.loading import load_model
+from maiht_lightning.models.sparsity import count_zeros
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -79,7 +79,6 @@ def test_second_run_never_dies_and_a_saved_configuration_runs_again(options, tmp
 @pytest.mark.slow
 def test_wandb_offline_twice(options, tmp_path):
     import wandb
-
     from wandb_file import read_run
 
     logger = '{"class_path": "WandbLogger", "init_args": {"offline": true, "project": "test"}}'

@@ -14,20 +14,20 @@ import transformers
 import yaml
 from transformers import AutoModelForCausalLM
 
-from byte_model import VOCABULARY, byte_tokenizer, llama_config, save_folder, watching
-from html_page import Page
+from helpers.byte_model import VOCABULARY, byte_tokenizer, llama_config, save_folder, watching
+from helpers.html_page import Page
+from helpers.sharp_model import perplexity_by_definition
+from helpers.small_task import questions, write_boolq
+from helpers.wandb_file import read_run
+from helpers.wandb_server import wandb_server
 from maiht_lightning import MAIHTConfig, prune
 from maiht_lightning.cli import main
 from maiht_lightning.estimate.devices import SHEETS
 from maiht_lightning.estimate.plan import Job, estimate
 from maiht_lightning.estimate.shape import ModelShape
+from maiht_lightning.evaluation.evaluation import Evaluation
 from maiht_lightning.evaluation.perplexity import perplexity
-from maiht_lightning.evaluation.settings import Evaluation
-from maiht_lightning.loading import load_model
-from sharp_model import perplexity_by_definition
-from small_task import questions, write_boolq
-from wandb_file import read_run
-from wandb_server import wandb_server
+from maiht_lightning.models.loading import load_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 40
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maiht_lightning.distillation import distillation_loss, distilled
+from maiht_lightning.recovery.distillation import distillation_loss, distilled
 
 TOKENS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 

@@ -23,12 +23,12 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import LlamaForCausalLM
 
+from helpers.own_module import OwnModule, trainer
 from maiht_lightning import MAIHTPruning
-from maiht_lightning.callbacks.trainer import check_trainer
-from maiht_lightning.pruner import prune
-from maiht_lightning.sparsity import count_zeros, measured_sparsity
-from maiht_lightning.team import Team
-from own_module import OwnModule, trainer
+from maiht_lightning.callbacks.compatibility import check_trainer
+from maiht_lightning.distributed import Ranks
+from maiht_lightning.models.sparsity import count_zeros, measured_sparsity
+from maiht_lightning.pruning.pruner import prune
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
@@ -166,10 +166,10 @@ TRAIN = """
     from own_module import NoTokenizer, OwnModule, Windows, trainer as make_trainer
     from maiht_lightning import MAIHTPruning, SparseFinetune, sparse_finetune
     from maiht_lightning.callbacks import pruning as callback
-    from maiht_lightning.evaluation.settings import Evaluation, Measurement
+    from maiht_lightning.evaluation.settings import Evaluation, LoadedEvaluation
 
     callback.find_tokenizer = lambda *_: NoTokenizer()
-    Evaluation.load = lambda self, *_: Measurement(self, {"random": windows}, {})
+    Evaluation.load = lambda self, *_: LoadedEvaluation(self, {"random": windows}, {})
 
     class Module(OwnModule):
         def train_dataloader(self):
@@ -320,17 +320,19 @@ def test_two_processes_go_on_within_an_epoch(tmp_path):
 
 
 def test_the_largest_pieces_go_first_to_whoever_is_free():
-    team = Team()
-    team.size = 2
-    assert team.owners([2.0, 1.0, 4.0, 5.0]) == [1, 0, 1, 0]
-    assert [len(part) for part in (team.deal(range(7)),)] == [4]
-    team.rank = 1
-    assert team.deal(range(7)) == [1, 3, 5]
+    ranks = Ranks()
+    ranks.size = 2
+    assert ranks.assign_by_cost([2.0, 1.0, 4.0, 5.0]) == [1, 0, 1, 0]
+    assert [len(part) for part in (ranks.shard(range(7)),)] == [4]
+    ranks.rank = 1
+    assert ranks.shard(range(7)) == [1, 3, 5]
 
 
 def test_too_few_windows_are_refused(tiny_llama, monkeypatch):
-    monkeypatch.setattr("maiht_lightning.pruner.Team", lambda group: type("T", (Team,), {"size": 4, "rank": 0})())
-    monkeypatch.setattr(Team, "__init__", lambda self, group=None: None)
+    monkeypatch.setattr(
+        "maiht_lightning.pruning.pruner.Ranks", lambda group: type("T", (Ranks,), {"size": 4, "rank": 0})()
+    )
+    monkeypatch.setattr(Ranks, "__init__", lambda self, group=None: None)
     with pytest.raises(ValueError, match="3 windows in batches of 1 are too few for 4 processes"):
         prune(tiny_llama(vocab_size=64), torch.zeros(3, 8, dtype=torch.long), progress=False)
 

@@ -17,12 +17,12 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 import maiht_lightning
-from byte_model import byte_tokenizer, save_folder
+from helpers.byte_model import byte_tokenizer, save_folder
+from helpers.own_module import OwnModule
+from helpers.small_texts import SCRIPTS, load_script, run_script, write_texts
 from maiht_lightning import cli, commands
+from maiht_lightning.distributed import Ranks
 from maiht_lightning.solvers import METHODS, LayerSolver, parse_pattern
-from maiht_lightning.team import Team
-from own_module import OwnModule
-from small_texts import SCRIPTS, load_script, run_script, write_texts
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md")
@@ -206,8 +206,8 @@ def snippet(text):
 
 
 def half_zero(folder):
-    from maiht_lightning.loading import load_model
-    from maiht_lightning.sparsity import count_zeros
+    from maiht_lightning.models.loading import load_model
+    from maiht_lightning.models.sparsity import count_zeros
 
     return all(2 * count.zeros == count.size for count in count_zeros(load_model(str(folder))))
 
@@ -221,7 +221,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def namespace(folder, tmp_path, monkeypatch):
     """What the snippets take for granted, in an empty folder with small texts and a pruned `runs/NAME/model`."""
-    from maiht_lightning.loading import load_model
+    from maiht_lightning.models.loading import load_model
 
     tokenizer = byte_tokenizer()
 
@@ -418,10 +418,10 @@ def test_how_far_processes_help_with_a_block_of_llama_7b():
     hidden, inner = 4096, 11008
     groups = [3 * hidden**3, hidden**3, 2 * inner * hidden**2, hidden * inner**2]
     for processes in (4, 8):
-        team = Team()
-        team.size = processes
+        ranks = Ranks()
+        ranks.size = processes
         load = Counter()
-        for owner, cost in zip(team.owners(groups), groups, strict=True):
+        for owner, cost in zip(ranks.assign_by_cost(groups), groups, strict=True):
             load[owner] += cost
         assert round(sum(groups) / max(load.values()), 1) == 2.3
 

@@ -9,14 +9,14 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from byte_model import byte_tokenizer, llama_config, same_weights, save_folder, watching
+from helpers.byte_model import byte_tokenizer, llama_config, same_weights, save_folder, watching
+from helpers.sharp_model import perplexity_by_definition
+from helpers.small_task import questions, write_boolq
 from maiht_lightning import C4Calibration, MAIHTConfig, load_compact, prune
-from maiht_lightning.block_pruner import PruningError
 from maiht_lightning.cli import main
 from maiht_lightning.data.python_docs import PythonDocsCalibration
 from maiht_lightning.data.sources import evaluation_windows
-from sharp_model import perplexity_by_definition
-from small_task import questions, write_boolq
+from maiht_lightning.pruning.block_pruner import PruningError
 
 CONFIG = MAIHTConfig(
     mu=0.3, iterations=12, refine_iterations=3, step_scale=0.7, precision="float64", tolerance=0.3, keep_zeros=True
@@ -42,7 +42,7 @@ def dense(tmp_path_factory):
 def run(dense, tmp_path, monkeypatch):
     """A function that writes a file with these settings of the pruning and runs a command with it, in `out`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("maiht_lightning.reporting.run_report.draw_figures", lambda *_: {})
+    monkeypatch.setattr("maiht_lightning.reporting.run.report.draw_figures", lambda *_: {})
 
     def run(pruning, *options, command="prune", **sections):
         trainer = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}

@@ -9,43 +9,43 @@ __version__ = "0.1.0"
 # `prune_layer` does not wait for Lightning and transformers to load.
 _HOME = {
     "C4Calibration": "data.c4",
-    "CausalLMModule": "module",
+    "CausalLMModule": "training.module",
     "Distillation": "callbacks.distillation",
     "FrozenSparsity": "callbacks.frozen",
     "LayerResult": "solvers",
     "MAIHTConfig": "solvers",
     "MAIHTPruning": "callbacks.pruning",
     "Perplexity": "evaluation.perplexity",
-    "PruningReport": "block_pruner",
-    "SparseFinetune": "recovery",
+    "PruningReport": "records",
+    "SparseFinetune": "training.sparse_finetune",
     "WikiText2DataModule": "data.wikitext2",
-    "freeze": "frozen",
-    "load_compact": "export",
-    "prune": "pruner",
+    "freeze": "recovery.freeze",
+    "load_compact": "models.compact",
+    "prune": "pruning.pruner",
     "prune_layer": "solvers",
-    "save_compact": "export",
-    "sparse_finetune": "recovery",
+    "save_compact": "models.compact",
+    "sparse_finetune": "training.sparse_finetune",
 }
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
-    from .block_pruner import PruningReport as PruningReport
     from .callbacks.distillation import Distillation as Distillation
     from .callbacks.frozen import FrozenSparsity as FrozenSparsity
     from .callbacks.pruning import MAIHTPruning as MAIHTPruning
     from .data.c4 import C4Calibration as C4Calibration
     from .data.wikitext2 import WikiText2DataModule as WikiText2DataModule
     from .evaluation.perplexity import Perplexity as Perplexity
-    from .export import load_compact as load_compact
-    from .export import save_compact as save_compact
-    from .frozen import freeze as freeze
-    from .module import CausalLMModule as CausalLMModule
-    from .pruner import prune as prune
-    from .recovery import SparseFinetune as SparseFinetune
-    from .recovery import sparse_finetune as sparse_finetune
+    from .models.compact import load_compact as load_compact
+    from .models.compact import save_compact as save_compact
+    from .pruning.pruner import prune as prune
+    from .records import PruningReport as PruningReport
+    from .recovery.freeze import freeze as freeze
     from .solvers import LayerResult as LayerResult
     from .solvers import MAIHTConfig as MAIHTConfig
     from .solvers import prune_layer as prune_layer
+    from .training.module import CausalLMModule as CausalLMModule
+    from .training.sparse_finetune import SparseFinetune as SparseFinetune
+    from .training.sparse_finetune import sparse_finetune as sparse_finetune
 
 
 def __getattr__(name: str) -> Any:

@@ -12,14 +12,14 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
-from .evaluation.settings import Evaluation
-from .export import check_vacant, save_compact
-from .loading import load_model, load_tokenizer
-from .reporting.compare import comparison, write_comparison
-from .reporting.run_folder import fresh_run_folder
-from .reporting.runs import read_run
-from .reporting.tables import stage_table
-from .sparsity import count_zeros, measured_sparsity
+from .evaluation.evaluation import Evaluation
+from .models.compact import check_vacant, save_compact
+from .models.loading import load_model, load_tokenizer
+from .models.sparsity import count_zeros, measured_sparsity
+from .reporting.comparison.rows import comparison, write_comparison
+from .reporting.comparison.runs import read_run
+from .reporting.run.console import stage_table
+from .reporting.summary import fresh_run_folder
 
 # `auto`: the checkpoint's own.
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,7 +68,7 @@ def report(args: list[str]) -> None:
     print(comparison(runs).markdown())
     print(f"Written: {page}")
     if settings.wandb:
-        from .reporting.wandb_report import publish
+        from .reporting.comparison.wandb_report import publish
 
         print(f"Published: {publish(runs, settings.entity, settings.project)}")
 

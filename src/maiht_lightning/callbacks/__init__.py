@@ -1,1 +1,1 @@
-"""Thin Lightning shells around the pruner."""
+"""Lightning's hooks: when a model is pruned, frozen and distilled, and in which order."""

@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ..distillation import Distilled, check_distillation, distilled
-from ..loading import check_source, load_model
+from ..models.loading import check_source, load_model
+from ..recovery.distillation import Distilled, check_distillation, distilled
 from .language_model import find_language_model
 
 

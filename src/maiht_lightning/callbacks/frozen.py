@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..frozen import FrozenZeros, LostZerosError, freeze
-from ..sparsity import count_zeros
+from ..models.sparsity import count_zeros
+from ..recovery.freeze import LostZerosError, SparsityMasks, freeze
 from .language_model import find_language_model
 
 
@@ -46,15 +46,15 @@ class FrozenSparsity(Callback):
 
     def __init__(self, model: str | None = None) -> None:
         self.model = model
-        self.frozen: FrozenZeros | None = None
+        self.masks: SparsityMasks | None = None
         # Set by `MAIHTPruning` where the zeros are still to come.
-        self.awaits_pruning = False
+        self.expects_pruning = False
         self._loaded_zeros = 0
         self._handles: list[RemovableHandle] = []
 
     def state_dict(self) -> dict[str, Any]:
         """The number of zeros, from which a checkpoint of the sparse phase is known."""
-        return {"zeros": self.frozen.count if self.frozen is not None else 0}
+        return {"zeros": self.masks.count if self.masks is not None else 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember how many zeros the checkpoint was written with."""
@@ -62,7 +62,7 @@ class FrozenSparsity(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn of a checkpoint from another phase."""
-        if not self.awaits_pruning and not checkpoint.get("callbacks", {}).get(self.state_key, {}).get("zeros"):
+        if not self.expects_pruning and not checkpoint.get("callbacks", {}).get(self.state_key, {}).get("zeros"):
             rank_zero_warn(
                 "FrozenSparsity: the checkpoint was not written with frozen zeros, so its weights are those of a dense "
                 "phase. Was one from after the pruning meant?"
@@ -71,38 +71,38 @@ class FrozenSparsity(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the zeros, after a checkpoint was loaded."""
         model = find_language_model(pl_module, self.model)
-        if self.awaits_pruning and not any(count.zeros for count in count_zeros(model)):
+        if self.expects_pruning and not any(count.zeros for count in count_zeros(model)):
             return
         self.freeze(trainer, pl_module)
-        assert self.frozen is not None
-        if self.frozen.count < self._loaded_zeros:
+        assert self.masks is not None
+        if self.masks.count < self._loaded_zeros:
             raise MisconfigurationException(
                 f"FrozenSparsity: the checkpoint was written with {self._loaded_zeros:,} zeros, but its weights have "
-                f"{self.frozen.count:,}"
+                f"{self.masks.count:,}"
             )
 
     def freeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze the zeros that the model has now, and clear the optimizer's memory of them."""
         self._remove_hooks()
         try:
-            self.frozen = freeze(find_language_model(pl_module, self.model))
+            self.masks = freeze(find_language_model(pl_module, self.model))
         except ValueError as error:
             raise MisconfigurationException(f"FrozenSparsity: {error}") from error
         for optimizer in trainer.optimizers:
-            self.frozen.apply_to_optimizer(optimizer)
+            self.masks.apply_to_optimizer(optimizer)
             # Right after the step, and not at the batch's end: a module may step several times in a batch.
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._mask_weights()))
-        rank_zero_info(f"FrozenSparsity: {self.frozen.count:,} zeros in {len(self.frozen.kept)} layers stay zero")
+        rank_zero_info(f"FrozenSparsity: {self.masks.count:,} zeros in {len(self.masks.masks)} layers stay zero")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mask the gradients where the module clips them by itself, which is before the next hook."""
-        if self.frozen is not None and not pl_module.automatic_optimization:
-            self.frozen.apply_to_gradients()
+        if self.masks is not None and not pl_module.automatic_optimization:
+            self.masks.apply_to_gradients()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients; Lightning clips them after this."""
-        if self.frozen is not None:
-            self.frozen.apply_to_gradients()
+        if self.masks is not None:
+            self.masks.apply_to_gradients()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify the zeros."""
@@ -128,14 +128,14 @@ class FrozenSparsity(Callback):
         self._remove_hooks()
 
     def _mask_weights(self) -> None:
-        if self.frozen is not None:
-            self.frozen.apply_to_weights()
+        if self.masks is not None:
+            self.masks.apply_to_weights()
 
     def _verify(self) -> None:
-        if self.frozen is None:
+        if self.masks is None:
             return
         try:
-            self.frozen.verify()
+            self.masks.verify()
         except LostZerosError as error:
             raise MisconfigurationException(f"FrozenSparsity: {error}") from error
 

@@ -6,8 +6,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from ..capture import find_blocks
-from ..loading import load_tokenizer
+from ..models.blocks import find_blocks
+from ..models.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

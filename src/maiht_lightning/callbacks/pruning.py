@@ -16,23 +16,23 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..block_pruner import PruningReport
-from ..capture import Place, check_place, find_blocks, find_linears, refuse_adapters, weight_of, whole_weight
+from ..capture.hidden_states import Storage, check_storage
 from ..data.c4 import C4Calibration
-from ..data.calibration import CalibrationSource, check_at_least
+from ..data.calibration import CalibrationSource
 from ..estimate.plan import Job
 from ..estimate.run import predict_pruning
-from ..evaluation.settings import Evaluation, Measurement, context_length
-from ..journal import LayerRecord, read_records
-from ..pruner import check_windows, prune
-from ..reporting.run_folder import Summary, fresh_run_folder
+from ..evaluation.evaluation import Evaluation, LoadedEvaluation, context_length
+from ..models.blocks import find_blocks, find_linears, refuse_adapters, weight_of
+from ..models.offload import full_weight
+from ..models.sparsity import count_zeros, measured_sparsity
+from ..pruning.journal import read_records
+from ..pruning.pruner import check_windows, prune
+from ..records import LayerRecord, PruningReport
+from ..reporting.recorder import RunOutput
+from ..reporting.summary import Summary, fresh_run_folder
 from ..solvers import MAIHTConfig, check_method, parse_pattern, resolve_config
-from ..sparsity import count_zeros, measured_sparsity
-from .frozen import FrozenSparsity
-from .language_model import find_language_model, find_tokenizer
-from .run_output import RunOutput
-from .schedule import parse_schedule
-from .trainer import (
+from ..validation import check_at_least
+from .compatibility import (
     check_reachable,
     check_sharded,
     check_trainer,
@@ -40,7 +40,10 @@ from .trainer import (
     process_group,
     quiet_progress_bar,
 )
-from .watchers import start_over
+from .frozen import FrozenSparsity
+from .language_model import find_language_model, find_tokenizer
+from .monitors import reset_monitors
+from .schedule import parse_schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,13 +117,13 @@ class MAIHTPruning(Callback):
         compact: bool = False,
         prune_at: str | dict[str, float] = "end",
         offload: Literal["none", "cpu", "disk"] = "none",
-        hidden_states: Place = "auto",
+        hidden_states: Storage = "auto",
         save_dense: bool = False,
         output_dir: str | None = None,
     ) -> None:
         self.method = check_method(method)
-        self.shots = parse_schedule(prune_at, parse_pattern(pattern, sparsity).sparsity)
-        self.patterns = [parse_pattern(pattern, shot.sparsity) for shot in self.shots]
+        self.schedule = parse_schedule(prune_at, parse_pattern(pattern, sparsity).sparsity)
+        self.patterns = [parse_pattern(pattern, shot.sparsity) for shot in self.schedule]
         self.pattern = self.patterns[-1]
         self.config = resolve_config(config)
         check_at_least(1, batch_size=batch_size)
@@ -130,9 +133,9 @@ class MAIHTPruning(Callback):
         self.compact, self.save_dense = compact, save_dense
         if offload not in ("none", "cpu", "disk"):
             raise ValueError(f"offload must be none, cpu or disk, but found {offload!r}")
-        check_place(hidden_states)
+        check_storage(hidden_states)
         self.offload = offload
-        self.hidden_states: Place = hidden_states
+        self.hidden_states: Storage = hidden_states
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.report: PruningReport | None = None
         self.summary = Summary(self.method, self.pattern.sparsity, self.pattern.name)
@@ -141,13 +144,13 @@ class MAIHTPruning(Callback):
         # Epochs and steps of the fits before this one, where `sparse_finetune` has begun another.
         self.earlier: dict[str, int] | None = None
         self._calibration_windows: Tensor = torch.empty(0)
-        self._measurement: Measurement | None = None
+        self._measurement: LoadedEvaluation | None = None
         self._started = time.perf_counter()
 
     @property
     def pruned(self) -> bool:
         """Whether all shots are done."""
-        return self.done == len(self.shots)
+        return self.done == len(self.schedule)
 
     # ---- Lightning's hooks
 
@@ -168,23 +171,23 @@ class MAIHTPruning(Callback):
             # Right after this one, and so before `ModelCheckpoint`, which is last and shall find masked weights.
             callbacks.insert(callbacks.index(self) + 1, FrozenSparsity(self.model))
         if (frozen := find_callback(trainer, FrozenSparsity)) is not None:
-            frozen.awaits_pruning = self.done == 0
+            frozen.expects_pruning = self.done == 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything that pruning will need, and draw its texts."""
         if (frozen := find_callback(trainer, FrozenSparsity)) is not None:
             # Known only now, if the fit goes on from a checkpoint.
-            frozen.awaits_pruning = self.done == 0
+            frozen.expects_pruning = self.done == 0
         self.prepare(trainer, pl_module)
         if self.done:
             self._reload()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time; see whether there is anything to prune."""
-        check_reachable(self.shots[self.done :], trainer)
+        check_reachable(self.schedule[self.done :], trainer)
         if self.done == 0 and find_callback(trainer, FrozenSparsity) is not None and self._has_the_zeros(pl_module):
             rank_zero_info("MAIHTPruning: the model has the zeros asked for; it is trained on with them and not pruned")
-            self.done, self._pruned_step = len(self.shots), trainer.global_step
+            self.done, self._pruned_step = len(self.schedule), trainer.global_step
             self._measure("pruned", trainer, pl_module)
         self._started = time.perf_counter()
 
@@ -203,7 +206,7 @@ class MAIHTPruning(Callback):
                 with quiet_progress_bar(trainer):
                     self._finish_finetuning(trainer, pl_module)
             return
-        next_shot = self.shots[self.done]
+        next_shot = self.schedule[self.done]
         if next_shot.unit != "end" and not next_shot.is_due(trainer.current_epoch, trainer.global_step):
             rank_zero_warn(f"the fit ended before {next_shot.name}: the model is pruned now")
         self._count_seconds("fit")
@@ -284,8 +287,8 @@ class MAIHTPruning(Callback):
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do the last shot: measure, prune, save, measure again; needs `prepare` before."""
-        self.done = len(self.shots) - 1
-        report = self._shoot(trainer, pl_module)
+        self.done = len(self.schedule) - 1
+        report = self._prune_step(trainer, pl_module)
         # Saved first: whatever goes wrong after this, the pruned model is on disk.
         self._save(trainer, pl_module, "model")
         self.report = report
@@ -296,7 +299,7 @@ class MAIHTPruning(Callback):
         self._output(trainer).finish_pruning(report)
         self._settle(pl_module, trainer, back=True)
 
-    def _shoot(self, trainer: Trainer, pl_module: LightningModule) -> PruningReport:
+    def _prune_step(self, trainer: Trainer, pl_module: LightningModule) -> PruningReport:
         """Do the next shot, with the stage `dense` before the first."""
         model, pattern = find_language_model(pl_module, self.model), self.patterns[self.done]
         output = self._output(trainer)
@@ -308,9 +311,9 @@ class MAIHTPruning(Callback):
             if self.save_dense:
                 self._save(trainer, pl_module, "model_dense")
             self._measure("dense", trainer, pl_module)
-        is_last, frozen = self.done + 1 == len(self.shots), find_callback(trainer, FrozenSparsity)
-        has_frozen = frozen is not None and frozen.frozen is not None
-        journal = "journal" if is_last else f"journal_{self.shots[self.done].name.replace(':', '_')}"
+        is_last, frozen = self.done + 1 == len(self.schedule), find_callback(trainer, FrozenSparsity)
+        has_frozen = frozen is not None and frozen.masks is not None
+        journal = "journal" if is_last else f"journal_{self.schedule[self.done].name.replace(':', '_')}"
         with trainer.precision_plugin.forward_context():
             report = prune(
                 model,
@@ -334,19 +337,19 @@ class MAIHTPruning(Callback):
         return report
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        while not self.pruned and self.shots[self.done].is_due(trainer.current_epoch, trainer.global_step):
+        while not self.pruned and self.schedule[self.done].is_due(trainer.current_epoch, trainer.global_step):
             self._count_seconds("fit")
             with quiet_progress_bar(trainer):
-                if self.done + 1 == len(self.shots):
+                if self.done + 1 == len(self.schedule):
                     self.run(trainer, pl_module)
                 else:
-                    sparsity = self._shoot(trainer, pl_module).sparsity
+                    sparsity = self._prune_step(trainer, pl_module).sparsity
                     self._settle(pl_module, trainer, back=True)
                     self._output(trainer).log("pruned", {"sparsity": sparsity})
             frozen = find_callback(trainer, FrozenSparsity)
             assert frozen is not None  # added in `setup`
             frozen.freeze(trainer, pl_module)
-            start_over(trainer)
+            reset_monitors(trainer)
             self._started = time.perf_counter()
 
     def _finish_finetuning(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -421,7 +424,7 @@ class MAIHTPruning(Callback):
             "method": self.method,
             "sparsity": self.pattern.sparsity,
             "pattern": self.pattern.name,
-            "prune_at": {shot.name: shot.sparsity for shot in self.shots},
+            "prune_at": {shot.name: shot.sparsity for shot in self.schedule},
             "config": asdict(self.config),
             "calibration": {
                 "class": type(self.calibration).__name__,
@@ -436,12 +439,12 @@ class MAIHTPruning(Callback):
     @property
     def _trains_on(self) -> bool:
         """Whether some training is to come after a pruning."""
-        return self.done > 0 or self.shots[0].unit != "end"
+        return self.done > 0 or self.schedule[0].unit != "end"
 
     def _has_the_zeros(self, pl_module: LightningModule) -> bool:
         blocks = find_blocks(find_language_model(pl_module, self.model))
         linears = [linear for block in blocks.modules for linear in find_linears(block).values()]
-        return all(self._fits_the_pattern(whole_weight(linear)) for linear in linears)
+        return all(self._fits_the_pattern(full_weight(linear)) for linear in linears)
 
     def _fits_the_pattern(self, weight: Tensor) -> bool:
         """Whether no unit of a weight (out, in) has more left than the pattern keeps."""

@@ -9,7 +9,7 @@ EXPECTED = "'end', 'epoch:K', 'step:K', or a schedule such as {'epoch:1': 0.3, '
 
 
 @dataclass(frozen=True)
-class Shot:
+class PruningStep:
     """One pruning in a fit.
 
     Args:
@@ -32,7 +32,7 @@ class Shot:
         return {"epoch": epochs >= self.count, "step": steps >= self.count}.get(self.unit, False)
 
 
-def parse_schedule(prune_at: str | Mapping[str, float], sparsity: float) -> list[Shot]:
+def parse_schedule(prune_at: str | Mapping[str, float], sparsity: float) -> list[PruningStep]:
     """Read `prune_at`.
 
     Args:
@@ -44,7 +44,7 @@ def parse_schedule(prune_at: str | Mapping[str, float], sparsity: float) -> list
         ValueError: It is something else.
     """
     given = {prune_at: sparsity} if isinstance(prune_at, str) else dict(prune_at)
-    shots = [_parse_shot(name, value) for name, value in given.items()]
+    shots = [_parse_step(name, value) for name, value in given.items()]
     if not shots:
         raise ValueError(f"prune_at must be {EXPECTED}, but found nothing")
     before_end = {shot.unit for shot in (shots[:-1] if shots[-1].unit == "end" else shots)}
@@ -59,12 +59,12 @@ def parse_schedule(prune_at: str | Mapping[str, float], sparsity: float) -> list
     return shots
 
 
-def _parse_shot(name: str, sparsity: float) -> Shot:
+def _parse_step(name: str, sparsity: float) -> PruningStep:
     unit, _, count = str(name).partition(":")
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise ValueError(f"prune_at: the sparsity at {name} must lie in [0, 1), but found {sparsity!r}")
     if name == "end":
-        return Shot("end", 0, sparsity)
+        return PruningStep("end", 0, sparsity)
     if unit not in UNITS or not count.isdecimal() or int(count) < 1:
         raise ValueError(f"prune_at must be {EXPECTED}, with K a whole number, at least 1, but found {name!r}")
-    return Shot(unit, int(count), sparsity)
+    return PruningStep(unit, int(count), sparsity)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..models.blocks import find_linears, weight_of
 from ..solvers.precision import float32_products
-from .blocks import find_linears, weight_of
-from .replay import Batch, run_block
+from .block_inputs import Batch, run_block
 
 # Formats whose values TF32 holds exactly: with it their products are as good as in float32, and far faster.
 _WITHIN_TF32 = (torch.bfloat16, torch.float16)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from .calibration import CalibrationSource, check_at_least
+from ..validation import check_at_least
+from .calibration import CalibrationSource
 from .sources import iterate_texts
 from .windows import pack_windows, tokenize
 

@@ -31,14 +31,3 @@ class CalibrationSource(ABC):
         Returns:
             ``(samples, seqlen)``, int64, the same at each call. Each window is whole: padding would count as text.
         """
-
-
-def check_at_least(minimum: int, **settings: int) -> None:
-    """Refuses settings below a minimum, by name.
-
-    Raises:
-        ValueError: One of them is smaller.
-    """
-    for name, value in settings.items():
-        if value < minimum:
-            raise ValueError(f"{name}: expected at least {minimum}, found {value}")

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .calibration import check_at_least
+from ..validation import check_at_least
 from .windows import pack_windows
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .calibration import CalibrationSource, check_at_least
+from ..validation import check_at_least
+from .calibration import CalibrationSource
 from .module import TextDataModule
 from .windows import pack_windows
 

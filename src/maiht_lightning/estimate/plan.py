@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 
 from ..capture.grams import slice_rows
-from ..data.calibration import check_at_least
 from ..solvers import MAIHTConfig, check_method, parse_pattern
 from ..solvers.slices import MATRICES, rows_within
+from ..validation import check_at_least
 from .devices import GIB, Device
 from .shape import ModelShape
 from .solver import count_solver

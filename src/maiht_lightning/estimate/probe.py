@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..capture import find_blocks, find_linears
+from ..models.blocks import find_blocks, find_linears
 
 # Lengths of the two windows.
 FEWER, MORE = 32, 64

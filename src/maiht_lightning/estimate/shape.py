@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import find_blocks, find_linears, weight_of
-from ..loading import check_source
+from ..models.blocks import find_blocks, find_linears, weight_of
+from ..models.loading import check_source
 from .probe import Counts, count_block, reset_twin, width_of
 
 

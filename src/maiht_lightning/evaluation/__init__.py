@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity."""
+"""Perplexity and zero-shot accuracy."""

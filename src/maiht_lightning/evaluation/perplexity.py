@@ -10,21 +10,12 @@ from torch.nn import functional
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from ..capture import (
-    Workplace,
-    advance,
-    choose_place,
-    computing_device,
-    evaluation_mode,
-    find_blocks,
-    hidden_bytes,
-    is_elsewhere,
-    keeping,
-    record_inputs,
-    run_tail,
-    skeleton,
-)
-from ..team import Team
+from ..capture.block_inputs import logits_from_hidden, record_inputs
+from ..capture.grams import advance
+from ..capture.hidden_states import choose_storage, keeping
+from ..distributed import Ranks
+from ..models.blocks import evaluation_mode, find_blocks
+from ..models.offload import BlockLoader, execution_device, hidden_bytes, is_offloaded, without_block_weights
 
 # Padding in Hugging Face's labels.
 _IGNORED = -100
@@ -163,17 +154,17 @@ def perplexity(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
-    team = Team(process_group)
-    place = computing_device(model, device)
-    batches = team.deal(windows.split(batch_size))
-    metric = Perplexity(sync_on_compute=False).to(place)
-    bar = {"desc": description, "disable": not (progress and team.leads)}
+    ranks = Ranks(process_group)
+    device = execution_device(model, device)
+    batches = ranks.shard(windows.split(batch_size))
+    metric = Perplexity(sync_on_compute=False).to(device)
+    bar = {"desc": description, "disable": not (progress and ranks.is_main)}
     # None of the processes may wait for one that has failed.
-    with team.together(), evaluation_mode(model):
-        for input_ids, logits in _logits(model, [batch.to(place) for batch in batches], place, bar):
+    with ranks.errors_shared(), evaluation_mode(model):
+        for input_ids, logits in _logits(model, [batch.to(device) for batch in batches], device, bar):
             metric.update(logits[:, :-1], input_ids[:, 1:])
     for total in (metric.loss_sum, metric.tokens):
-        team.sum(total)
+        ranks.all_reduce(total)
     return metric.compute().item()
 
 
@@ -181,19 +172,19 @@ def _logits(
     model: nn.Module, batches: list[Tensor], device: torch.device, bar: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each batch of token ids with its logits."""
-    if not is_elsewhere(model, device):
+    if not is_offloaded(model, device):
         for input_ids in tqdm(batches, unit="batch", **bar):
             yield input_ids, model(input_ids=input_ids, use_cache=False).logits
         return
     blocks = find_blocks(model)
-    place, outside = Workplace(blocks, device), skeleton(model, blocks, device)
+    loader, outside = BlockLoader(blocks, device), without_block_weights(model, blocks, device)
     inside = find_blocks(outside).modules
     size = sum(batch.numel() for batch in batches) * hidden_bytes(model)
-    with place.open(), keeping(choose_place(size, device, 4 * place.block_bytes()), device) as keep:
+    with loader, keeping(choose_storage(size, device, 4 * loader.block_bytes()), device) as keep:
         inputs = [record_inputs(outside, inside, batch, len(batch), device=device, keep=keep)[0] for batch in batches]
         for index in tqdm(range(len(inside)), unit="block", **bar):
-            block = place.load(index)
-            place.read_ahead(index + 1)
+            block = loader.fetch(index)
+            loader.prefetch(index + 1)
             advance(block, inputs, index)
         for input_ids, hidden in zip(batches, inputs, strict=True):
-            yield input_ids, run_tail(outside, inside, input_ids, hidden.input())
+            yield input_ids, logits_from_hidden(outside, inside, input_ids, hidden.input())

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
-from ..capture import brought_by_accelerate, evaluation_mode
 from ..data.local import VARIABLE, local_copy
-from ..team import Team
+from ..distributed import Ranks
+from ..models.blocks import evaluation_mode
+from ..models.offload import offloaded_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,20 +136,20 @@ def zero_shot(
         raise TypeError(f"tasks: expected the dictionary that load_tasks returns, found {type(tasks).__name__}")
     if not tasks:
         raise ValueError("tasks: expected at least one, found none")
-    team = Team(process_group)
+    ranks = Ranks(process_group)
     with (
         _environment_kept(),
         _seeded(),
         _quiet(),
         evaluation_mode(model),
         _tying_off(model),
-        brought_by_accelerate(model, device),
+        offloaded_forward(model, device),
     ):
         _import_lm_eval()
         from lm_eval.evaluator import evaluate
 
-        with _bars(progress and team.leads, description):
-            wrapped = _wrapped(model, tokenizer, batch_size, team)
+        with _bars(progress and ranks.is_main, description):
+            wrapped = _wrapped(model, tokenizer, batch_size, ranks)
             for task in tasks.values():
                 task.set_fewshot_seed(_OTHER_SEED)  # at each evaluation, so that all stages see the same examples
             # Not `simple_evaluate`: it reads all task files again and has git and pip describe the machine.
@@ -161,28 +162,28 @@ def zero_shot(
             )
     # lm-eval answers at the first process only.
     numbers = {name: _numbers(answer["results"][name]) for name in tasks} if answer is not None else {}
-    return team.tell(numbers)
+    return ranks.broadcast_object(numbers)
 
 
-def _wrapped(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", batch_size: int, team: Team) -> Any:
+def _wrapped(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", batch_size: int, ranks: Ranks) -> Any:
     """lm-eval's wrapper around a model in memory, at work for its process's share of the documents."""
     from lm_eval.models.huggingface import HFLM
 
     class Wrapped(HFLM):
         # lm-eval knows several processes only where it has loaded the model itself.
         def all_gather(self, tensor: Tensor) -> Tensor:
-            return torch.stack(team.gather(tensor.cpu())).flatten()
+            return torch.stack(ranks.all_gather_object(tensor.cpu())).flatten()
 
         def barrier(self) -> None:
-            team.gather(None)
+            ranks.all_gather_object(None)
 
         def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-            gathered = team.gather(obj)
-            return gathered if team.rank == dst else None
+            gathered = ranks.all_gather_object(obj)
+            return gathered if ranks.rank == dst else None
 
     # The copy because lm-eval may give it a padding token and sets its padding side.
     wrapped = Wrapped(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    wrapped._rank, wrapped._world_size = team.rank, team.size
+    wrapped._rank, wrapped._world_size = ranks.rank, ranks.size
     return wrapped
 
 

@@ -2,7 +2,11 @@
 
 import os
 import platform
+import resource
+import sys
 from importlib.metadata import PackageNotFoundError, version
+
+import torch
 
 PACKAGES = ("torch", "lightning", "transformers", "lm_eval")
 
@@ -53,3 +57,11 @@ def _cpu_model() -> str:
     except OSError:
         models = []
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def peak_memory_bytes() -> int:
+    """Highest GPU memory allocated by this process, or its highest resident memory without a GPU, in bytes."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

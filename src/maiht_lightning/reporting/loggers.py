@@ -11,9 +11,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..journal import LayerRecord
-from .run_folder import LAYER_COLUMNS, Summary, layer_rows, task_table
-from .tables import kind_of
+from ..records import LayerRecord
+from .run.console import kind_of
+from .summary import LAYER_COLUMNS, Summary, layer_rows, task_table
 
 
 def log_settings(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:

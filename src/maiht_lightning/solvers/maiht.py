@@ -87,7 +87,7 @@ class HardThresholding:
         self.stepped = target.clone()
         self.nonzeros = self._per_problem(count(target != 0)[:, 0]).to(correlation.device)
         self.loss = torch.zeros_like(self.nonzeros)
-        self.took_first = torch.ones_like(self.nonzeros, dtype=torch.bool)
+        self.took_accelerated = torch.ones_like(self.nonzeros, dtype=torch.bool)
         self.t, self.t_previous = 1.0, 0.0
 
     def _per_problem(self, rows: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class HardThresholding:
             if self.accelerated:
                 torch.mul(stepped, 1 - c, out=ahead)
             # From here on that of S, which the last iteration has chosen.
-            torch.where(self.took_first, points[0][2], points[-1][2], out=stepped)
+            torch.where(self.took_accelerated, points[0][2], points[-1][2], out=stepped)
             if self.accelerated:
                 ahead.add_(stepped, alpha=c).lerp_(points[0][2], a)
             for candidate, value, after in points:
@@ -150,21 +150,22 @@ class HardThresholding:
                 self.slices.give_back(candidate.stepped, part, after)
             self.slices.give_back(self.stepped, part, stepped)
         # ‖·‖₀ enters as a difference: with λ‖S‖₀ far above f, the sums would round the decision away.
-        self.took_first = first.loss - last.loss <= penalty * (last.nonzeros - first.nonzeros)
-        self.loss = torch.where(self.took_first, first.loss, last.loss)
-        self.nonzeros = torch.where(self.took_first, first.nonzeros, last.nonzeros)
+        self.took_accelerated = first.loss - last.loss <= penalty * (last.nonzeros - first.nonzeros)
+        self.loss = torch.where(self.took_accelerated, first.loss, last.loss)
+        self.nonzeros = torch.where(self.took_accelerated, first.nonzeros, last.nonzeros)
         self.t_previous, self.t = self.t, (1 + sqrt(1 + 4 * self.t**2)) / 2
 
     def current(self) -> Tensor:
         """The point S (out, in) after the last step, in a buffer that the next step overwrites."""
-        first, last, took_first = self.candidates[0], self.candidates[-1], self.took_first.to(self.target.device)
-        return torch.where(took_first, first.value, last.value, out=first.value)
+        first, last = self.candidates[0], self.candidates[-1]
+        took_accelerated = self.took_accelerated.to(self.target.device)
+        return torch.where(took_accelerated, first.value, last.value, out=first.value)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """S and u(S) (out, in) after the last step. There can be no further one: other memory is given back."""
         value, first, last = self.current(), self.candidates[0], self.candidates[-1]
-        took_first = self.took_first.to(self.target.device)
-        torch.where(took_first, first.stepped, last.stepped, out=self.stepped)
+        took_accelerated = self.took_accelerated.to(self.target.device)
+        torch.where(took_accelerated, first.stepped, last.stepped, out=self.stepped)
         self.candidates.clear()
         return value, self.stepped
 
@@ -185,7 +186,7 @@ class HardThresholding:
             target, rows = self.slices.borrow(self.target, part), self.slices.borrow(value, part)
             kept, stepped = self.slices.borrow(keep, part), self.slices.borrow(self.stepped, part, read=False)
             losses = [self.measure(rows, stepped, target).sum()]
-            while len(losses) <= steps and not _has_settled(losses, tolerance):
+            while len(losses) <= steps and not _has_converged(losses, tolerance):
                 torch.mul(stepped, kept, out=rows)
                 losses.append(self.measure(rows, stepped, target).sum())
             self.slices.give_back(value, part, rows)
@@ -196,7 +197,7 @@ class HardThresholding:
         return [torch.stack(losses).sum() for losses in zip(*padded, strict=True)]
 
 
-def _has_settled(losses: list[Tensor], tolerance: float) -> bool:
+def _has_converged(losses: list[Tensor], tolerance: float) -> bool:
     """Whether the loss has hardly changed since the last look, `CHECK_EVERY` steps ago; waits for the device then."""
     if not tolerance or len(losses) <= CHECK_EVERY or len(losses) % CHECK_EVERY:
         return False
@@ -302,11 +303,11 @@ def _solve(
         penalty = penalty * (1 + pattern.sparsity - margin - (1 - iteration.nonzeros / entries))
         iteration.step(penalty)
         losses.append(iteration.loss.sum())
-        choices.append(iteration.took_first.float().mean())
+        choices.append(iteration.took_accelerated.float().mean())
         if config.tolerance and len(losses) % CHECK_EVERY == 0:
             before, support = support, iteration.current() != 0
             changed = 1.0 if before is None else float((before ^ support).sum()) / support.numel()
-            if changed <= config.tolerance and _has_settled(losses, config.tolerance):
+            if changed <= config.tolerance and _has_converged(losses, config.tolerance):
                 break
     del support
     sparse, stepped = iteration.finish()

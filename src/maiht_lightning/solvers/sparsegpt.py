@@ -1,6 +1,6 @@
 """SparseGPT: prune column after column, each time spreading the error over the columns still to come.
 
-Background: Frantar, Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot*,
+Background: Frantar, Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-PruningStep*,
 ICML 2023 (arXiv 2301.00774). With H = G + damping, restricted to the columns from j on, pruning w_j costs
 w_j² / [H⁻¹]_jj in the loss, and the best change of the later columns is −w_j / [H⁻¹]_jj · [H⁻¹]_j,:. What is
 needed of all these inverses is in one triangular matrix: the upper Cholesky factor U of H⁻¹ = UᵀU, where

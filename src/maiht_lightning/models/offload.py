@@ -1,0 +1,262 @@
+"""Models that do not lie where they are computed: in host memory, on disk, or in shards over several processes.
+
+A block at work is a plain copy of the module on the computing device, whatever its home is:
+
+- other memory: its parameters are copied;
+- disk: parameters on the meta device with Accelerate's hooks, as `from_pretrained(device_map={...: "disk"})` leaves
+  them, are read from their safetensors files;
+- shards: the DTensors of FSDP2 and tensor parallelism are gathered.
+
+The next block is read while one is at work, except from shards, whose gathering all processes must do in one order.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
+
+from .blocks import DecoderBlocks, find_linears, weight_of, write_weight
+
+# What a copy does not take over: PyTorch's own tables, and the forward that Accelerate's hooks have put in its place.
+_NOT_COPIED = set(vars(nn.Module())) - {"training"} | {"forward", "_old_forward", "_hf_hook"}
+
+
+def full_tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a module, read from disk or gathered from its shards where it is not at hand.
+
+    Of shards, all processes must ask for the same in the same order.
+
+    Raises:
+        ValueError: It is on the meta device and nothing says where its values are.
+    """
+    tensor: Tensor = getattr(module, name)
+    if isinstance(tensor, DTensor):
+        whole: Tensor = tensor.full_tensor()
+        return whole.detach()
+    if tensor.is_meta:
+        return _stored_values(module)[name]
+    return tensor.detach()
+
+
+def full_weight(linear: nn.Module) -> Tensor:
+    """A layer's weight (out, in), read from disk or gathered from its shards where it is not at hand."""
+    weight = full_tensor(linear, "weight")
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def is_offloaded(model: nn.Module, device: torch.device) -> bool:
+    """Whether some parameters must be brought to the computing device."""
+    return any(isinstance(p, DTensor) or not _same(p.device, device) for p in model.parameters())
+
+
+def execution_device(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
+    """The device asked for, or else the one where the model is, as far as it is in memory."""
+    if device is not None:
+        return torch.device(device)
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def hidden_bytes(model: nn.Module) -> int:
+    """Bytes of a token's hidden state."""
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    return embedding.shape[1] * embedding.element_size()
+
+
+def without_block_weights(model: nn.Module, blocks: DecoderBlocks, device: torch.device) -> nn.Module:
+    """A plain copy of a model on the computing device, in which the decoder blocks have no values (meta device)."""
+    in_blocks = {id(module) for block in blocks.modules for module in block.modules()}
+    copied: dict[int, Tensor] = {}
+
+    def tensor_of(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        # Tied weights stay one.
+        if id(tensor) not in copied:
+            empty = id(module) in in_blocks
+            copied[id(tensor)] = (
+                torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                if empty
+                else full_tensor(module, name).to(device)
+            )
+        return copied[id(tensor)]
+
+    return _plain_copy(model, tensor_of)
+
+
+class BlockLoader:
+    """Hands out decoder blocks on the computing device, and takes their pruned weights home.
+
+    Args:
+        blocks: The blocks, wherever they live.
+        device: Where to compute.
+
+    Attributes:
+        copies: Whether the blocks live elsewhere, so that copies are handed out.
+    """
+
+    def __init__(self, blocks: DecoderBlocks, device: torch.device) -> None:
+        self.blocks, self.device = blocks, device
+        self.copies = any(is_offloaded(block, device) for block in blocks.modules)
+        parameters = [parameter for block in blocks.modules for parameter in block.parameters()]
+        self._prefetches = self.copies and not any(isinstance(parameter, DTensor) for parameter in parameters)
+        self._reader = ThreadPoolExecutor(1, "block-reader") if self._prefetches else None
+        self._coming: tuple[int, Future[nn.Module]] | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """While blocks are handed out; ends the reading ahead."""
+        try:
+            yield
+        finally:
+            self._coming = None
+            if self._reader is not None:
+                self._reader.shutdown(cancel_futures=True)
+
+    def fetch(self, index: int) -> nn.Module:
+        """A block on the computing device: the block itself, or a copy."""
+        block = self.blocks.modules[index]
+        if not self.copies:
+            return block
+        if self._reader is None:
+            return self._copy(block)
+        coming = self._coming
+        copy = coming[1].result() if coming is not None and coming[0] == index else self._copy(block)
+        self._coming = None
+        if self.device.type == "cuda":
+            for tensor in [*copy.parameters(), *copy.buffers()]:
+                # Allocated on the reader's stream: not to be used again before this one has done with it.
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        return copy
+
+    def block_bytes(self) -> int:
+        """Bytes of a block's parameters."""
+        return sum(p.numel() * p.element_size() for p in self.blocks.modules[0].parameters())
+
+    def prefetch(self, index: int) -> None:
+        """Begin to bring a block, to be loaded next."""
+        if self._reader is not None and index < len(self.blocks.modules) and self._coming is None:
+            self._coming = index, self._reader.submit(self._read, self.blocks.modules[index])
+
+    def write_back(self, index: int, weights: dict[str, Tensor], file: Path | None) -> None:
+        """Write the pruned weights (out, in) of a block home, and into the copy at work if there is one.
+
+        Args:
+            index: The block's place.
+            weights: By the layer's name in the block.
+            file: The safetensors file that holds them under these names, for blocks that live on disk.
+        """
+        linears = find_linears(self.blocks.modules[index])
+        for name, weight in weights.items():
+            linear = linears[name]
+            home = weight_of(linear)
+            if isinstance(home, DTensor):
+                local = distribute_tensor(weight, home.device_mesh, home.placements, src_data_rank=None)
+                home.to_local().copy_(local.to_local())
+            elif home.is_meta:
+                _point_to(linear, file, name, weight)
+            else:
+                write_weight(linear, weight)
+
+    def _copy(self, block: nn.Module) -> nn.Module:
+        return _plain_copy(block, lambda module, name, _: full_tensor(module, name).to(self.device, copy=True))
+
+    @torch.no_grad()
+    def _read(self, block: nn.Module) -> nn.Module:
+        if self.device.type != "cuda":
+            return self._copy(block)
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            copy = self._copy(block)
+        stream.synchronize()
+        return copy
+
+
+@contextmanager
+def offloaded_forward(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """A model in host memory as a whole runs on another device, layer after layer, with Accelerate's hooks.
+
+    For forward passes that cannot be done block by block. Shards and what is on disk have hooks of their own.
+
+    Raises:
+        ModuleNotFoundError: Accelerate is not installed.
+    """
+    here = [p.device for p in model.parameters() if not p.is_meta and not isinstance(p, DTensor)]
+    on_disk = any(p.is_meta for p in model.parameters())
+    if device is None or on_disk or not here or all(_same(place, device) for place in here):
+        yield
+        return
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    cpu_offload(model, execution_device=device, offload_buffers=True)
+    try:
+        yield
+    finally:
+        # Brings the values back.
+        remove_hook_from_submodules(model)
+
+
+def to_device(arguments: Any, device: torch.device | str) -> Any:
+    """All tensors in nested tuples, lists and dictionaries, on a device; what was one tensor stays one."""
+    moved: dict[int, Tensor] = {}
+
+    def move(value: Any) -> Any:
+        return moved.setdefault(id(value), value.to(device)) if isinstance(value, Tensor) else value
+
+    return tree_map(move, arguments)
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and (one.index is None or other.index is None or one.index == other.index)
+
+
+def _plain_copy(module: nn.Module, tensor_of: Callable[[nn.Module, str, Tensor], Tensor]) -> nn.Module:
+    """A module of the same kind with other tensors, without hooks and without FSDP's way of sharding."""
+    kind = type(module)
+    if issubclass(kind, FSDPModule):
+        # `fully_shard` makes a class of these two.
+        kind = next(base for base in kind.__bases__ if base is not FSDPModule)
+    copy = kind.__new__(kind)
+    nn.Module.__init__(copy)
+    vars(copy).update({name: value for name, value in vars(module).items() if name not in _NOT_COPIED})
+    for name, parameter in module._parameters.items():
+        made = None if parameter is None else nn.Parameter(tensor_of(module, name, parameter), requires_grad=False)
+        copy.register_parameter(name, made)
+    for name, buffer in module._buffers.items():
+        made_buffer = None if buffer is None else tensor_of(module, name, buffer)
+        copy.register_buffer(name, made_buffer, persistent=name not in module._non_persistent_buffers_set)
+    for name, child in module._modules.items():
+        copy._modules[name] = None if child is None else _plain_copy(child, tensor_of)
+    return copy
+
+
+def _stored_values(module: nn.Module) -> Any:
+    """The mapping from names to values of a module whose parameters Accelerate keeps elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    for candidate in getattr(hook, "hooks", [hook]):
+        if getattr(candidate, "weights_map", None) is not None:
+            return candidate.weights_map
+    raise ValueError(
+        f"a {type(module).__name__} is on the meta device and has no values: load the model with from_pretrained, "
+        f'where device_map={{..., "disk"}} leaves blocks on disk'
+    )
+
+
+def _point_to(linear: nn.Module, file: Path | None, name: str, weight: Tensor) -> None:
+    """Let Accelerate find a layer's weight in another file from now on."""
+    values = _stored_values(linear)
+    key, loader = "weight", values
+    while hasattr(loader, "prefix"):
+        key, loader = f"{loader.prefix}{key}", loader.dataset
+    if key in loader.state_dict:
+        loader.state_dict[key].copy_(weight)
+        return
+    assert file is not None  # `prune` asks for a journal before
+    dtype = str(weight.dtype).removeprefix("torch.")
+    loader.index[key] = {"safetensors_file": str(file), "weight_name": name, "dtype": dtype}

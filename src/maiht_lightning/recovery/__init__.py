@@ -1,0 +1,1 @@
+"""Training a pruned model on, without Lightning: frozen zeros, masked LoRA, distillation."""

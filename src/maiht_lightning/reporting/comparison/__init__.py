@@ -1,0 +1,1 @@
+"""Many runs: their rows, a table, a figure, a W&B Report."""

@@ -1,0 +1,182 @@
+"""Several runs side by side: methods, sparsities, patterns and seeds.
+
+Runs that differ in nothing but their seeds become one row, a mean with a standard deviation. Runs that differ in
+anything else that `config.yaml` knows stay apart, and the row says in what.
+"""
+
+import json
+from collections.abc import Callable
+from math import isfinite, isnan
+from pathlib import Path
+from typing import Any
+
+from ..html import picture
+from .figure import draw_rows
+from .runs import Run, read_run
+from .table import Comparison, Row
+
+__all__ = ["Comparison", "Run", "comparison", "draw_comparison", "read_run", "write_comparison"]
+
+FIGURE_CAPTION = (
+    "Perplexity of the pruned models against the sparsity asked for; bars are standard deviations over seeds, N:M "
+    "patterns stand a little to the left of theirs, and the dashed grey line is the dense model."
+)
+
+
+def write_comparison(folder: str | Path, runs: list[Run]) -> Path:
+    """Write `report.md`, `report.csv`, `report.html` and, where perplexity was measured, `perplexity.png`.
+
+    Args:
+        folder: Where to; made if it does not exist.
+        runs: Finished runs; see `read_run`.
+
+    Returns:
+        The path of `report.html`.
+    """
+    folder = Path(folder)
+    table = comparison(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = draw_comparison(folder / "perplexity.png", runs)
+    figure = None if drawn is None else picture(drawn, "Perplexity against sparsity", FIGURE_CAPTION)
+    (folder / "report.md").write_text(table.markdown(), encoding="utf-8")
+    (folder / "report.csv").write_text(table.csv(), encoding="utf-8")
+    page = folder / "report.html"
+    page.write_text(table.html(figure), encoding="utf-8")
+    return page
+
+
+def draw_comparison(path: Path, runs: list[Run]) -> Path | None:
+    """Draw perplexity against sparsity: a panel a text, a line a method, N:M patterns as marks of their own.
+
+    Returns:
+        `path`, or None where no perplexity was measured; nothing is written then.
+    """
+    return draw_rows(path, comparison(runs).rows)
+
+
+def comparison(runs: list[Run]) -> Comparison:
+    """Put runs side by side; a row a setting, and a row a dense model.
+
+    Raises:
+        ValueError: There are no runs.
+    """
+    if not runs:
+        raise ValueError("a comparison needs at least one run, but found none")
+    rows = _dense_rows(runs) + sorted(_pruned_rows(runs), key=lambda row: (_pattern_order(row.pattern), row.sparsity))
+    _mark_best(rows)
+    return Comparison(rows)
+
+
+def _dense_rows(runs: list[Run]) -> list[Row]:
+    differing = _differing([run.measured for run in runs])
+    rows = []
+    for members in _grouped(runs, lambda run: run.measured):
+        # Runs of one dense model measure the same thing again: what is equal counts once.
+        distinct = {json.dumps(values): values for run in members if (values := _values(run, "dense"))}
+        if distinct:
+            label, group = _label(members[0].measured, differing), _key(members[0].measured)
+            names = [run.folder.name for run in members]
+            rows.append(Row("dense", "", 0.0, label, names, group).add(list(distinct.values())))
+    return rows
+
+
+def _pruned_rows(runs: list[Run]) -> list[Row]:
+    elsewhere = _differing([run.measured for run in runs])
+    rows = []
+    for alike in _grouped(runs, _setting):
+        differing = elsewhere | _differing([run.settings for run in alike])
+        for members in _grouped(alike, lambda run: run.settings):
+            first = members[0]
+            label, group = _label(first.settings, differing), _key(first.measured)
+            names = [run.folder.name for run in members]
+            rows.append(Row(*_setting(first), label, names, group).add(_distinct(members)))
+    return rows
+
+
+def _distinct(runs: list[Run]) -> list[dict[str, float]]:
+    """The runs' values; a run done again with the same seeds and the same result is no further evidence."""
+    found: dict[tuple[tuple[str, ...], str], dict[str, float]] = {}
+    for run in runs:
+        values = _values(run, "pruned")
+        results = {name: value for name, value in values.items() if name != "solve_seconds"}
+        found.setdefault((run.seeds, json.dumps(results)), values)
+    return list(found.values())
+
+
+def _setting(run: Run) -> tuple[str, str, float]:
+    return run.summary.method, run.summary.pattern, run.summary.sparsity
+
+
+def _values(run: Run, stage: str) -> dict[str, float]:
+    """The numbers of a row by their columns' keys."""
+    summary, values = run.summary, {}
+    measured = summary.stages.get(stage, {})
+    # A pruned row shows the perplexities of all its run's stages, a dense row its own.
+    for name in ("dense", "pruned", "finetuned") if stage == "pruned" else (stage,):
+        for text, value in summary.stages.get(name, {}).get("perplexity", {}).items():
+            values[f"perplexity/{text}/{name}"] = value
+    for task, metrics in measured.get("tasks", {}).items():
+        if "acc" in metrics:
+            values[f"accuracy/{task}"] = metrics["acc"]
+    if measured.get("mean_accuracy") is not None:
+        values["mean_accuracy"] = measured["mean_accuracy"]
+    if stage == "dense":
+        return values
+    if (finetuned := summary.stages.get("finetuned", {}).get("mean_accuracy")) is not None:
+        values["mean_accuracy/finetuned"] = finetuned
+    values["measured_sparsity"] = summary.measured_sparsity
+    if isfinite(run.mean_relative_error):
+        values["mean_relative_error"] = run.mean_relative_error
+    if "solve" in summary.seconds:
+        values["solve_seconds"] = summary.seconds["solve"]
+    return values
+
+
+def _mark_best(rows: list[Row]) -> None:
+    """Mark the best means among rows of the same pattern, sparsity and dense model, where there are several."""
+    groups = _grouped(
+        [row for row in rows if row.method != "dense"], lambda row: (row.pattern, row.sparsity, row.group)
+    )
+    for members in groups:
+        for column in dict.fromkeys(key for row in members for key in row.values):
+            better = Comparison.better(column)
+            having = [row for row in members if column in row.values and not isnan(row.mean(column))]
+            # Where all are equal none is best.
+            if better is None or len({row.mean(column) for row in having}) < 2:
+                continue
+            best = better(row.mean(column) for row in having)
+            for row in having:
+                if row.mean(column) == best:
+                    row.best.add(column)
+
+
+def _pattern_order(pattern: str) -> tuple[int, str]:
+    return {"unstructured": 0, "row": 1}.get(pattern, 2), pattern
+
+
+def _key(settings: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(settings.items()))
+
+
+def _grouped(items: list[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
+    """Items with equal keys together, in the order in which they first appear."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        found = key(item)
+        groups.setdefault(_key(found) if isinstance(found, dict) else found, []).append(item)
+    return list(groups.values())
+
+
+def _differing(settings: list[dict[str, str]]) -> set[str]:
+    """Names whose values differ among those settings that have them."""
+    names = {name for one in settings for name in one}
+    return {name for name in names if len({one[name] for one in settings if name in one}) > 1}
+
+
+def _label(settings: dict[str, str], differing: set[str]) -> str:
+    """The differing settings of a row, by the last two parts of their names; of a place, the last two parts too."""
+    return ", ".join(
+        f"{'.'.join(name.split('.')[-2:])}={'/'.join(value.split('/')[-2:])}"
+        for name, value in settings.items()
+        if name in differing
+    )

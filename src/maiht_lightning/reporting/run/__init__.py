@@ -1,0 +1,1 @@
+"""One run: the table at its end, its figures and its page."""

@@ -1,0 +1,367 @@
+"""Predictions of memory, operations and time: against formulas, and against what was measured."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
+from maiht_lightning import MAIHTConfig, MAIHTPruning
+from maiht_lightning.capture.grams import add_gram, mirror_, slice_rows
+from maiht_lightning.cli import main
+from maiht_lightning.estimate.advice import advise
+from maiht_lightning.estimate.devices import GIB, SHEETS, _seconds, find_device
+from maiht_lightning.estimate.plan import Job, estimate, gram_flops
+from maiht_lightning.estimate.run import predict_pruning
+from maiht_lightning.estimate.shape import ModelShape
+from maiht_lightning.estimate.solver import count_solver
+
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama") / "config.json"
+    path.write_text(json.dumps(LLAMA_7B))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(config):
+    return ModelShape.from_source(str(config))
+
+
+def test_llama_7b_from_its_config(llama):
+    assert llama.parameters == 6_738_415_616
+    assert llama.blocks == 32
+    assert llama.prunable == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert [[layer.name.split(".")[-1] for layer in group] for group in llama.groups] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    assert llama.grams == (4096, 4096, 4096, 11008)
+
+
+# LLaMA-7B by hand: 32 blocks of four matrices 4096 x 4096 and three of 4096 x 11008; embeddings and head of 32,000.
+LINEARS = 4 * 4096**2 + 3 * 4096 * 11008
+HEAD = 32000 * 4096
+TOKENS = 128 * 2048
+# A product of a layer's weight with its Gram matrix, 2 · out · in², for all layers of a block.
+PRODUCT = 2 * (4096**2 * (4 * 4096 + 2 * 11008) + 4096 * 11008**2)
+# Causal attention of a window in one block, its two products of L x L x 4096: half of 4 · L² · 4096.
+ATTENTION = 2 * 2048**2 * 4096
+
+
+def phases_of(shape, job, device="a100-80gb"):
+    return {phase.name: phase for phase in estimate(shape, job, SHEETS[device]).phases}
+
+
+def test_operations_of_llama_7b(llama):
+    """The solver's 130 products and three more, 2 · out · in² each; the forward passes' 2 a weight and a token."""
+    phases = phases_of(llama, Job(train_steps=10))
+    assert pytest.approx(296e12, rel=0.005) == 130 * PRODUCT
+    assert phases["solve"].flops == pytest.approx(32 * 133 * PRODUCT, rel=1e-9)
+    # A block runs twice, once without its last layer. Of XᵀX with 4096 columns four slices of 1024 rows are computed,
+    # each from its diagonal on: 1, 3/4, 1/2 and 1/4 of a quarter. With 11,008 there are seven of 1408 and one of 1152.
+    forward = 32 * (2 * 2 * TOKENS * LINEARS - 2 * TOKENS * 4096 * 11008 + 2 * 128 * ATTENTION)
+    wide = sum(1408 * (11008 - 1408 * i) for i in range(7)) + 1152**2
+    grams = 32 * 2 * TOKENS * (3 * 0.625 * 4096**2 + wide)
+    assert phases["capture"].flops == pytest.approx(forward + grams, rel=1e-9)
+    assert grams == pytest.approx(0.58 * 2.9e15, rel=0.02)  # of all of XᵀX
+    # With gradient checkpointing, forward passes through the blocks are four: backward counts as two.
+    training = 4 * 32 * (2 * 2048 * LINEARS + ATTENTION) + 3 * 2 * 2048 * HEAD
+    assert phases["finetune"].flops == pytest.approx(10 * training, rel=1e-9)
+    evaluation = 32 * (2 * 2048 * LINEARS + ATTENTION) + 2 * 2048 * HEAD
+    assert phases["evaluate"].flops == pytest.approx(2 * 166 * evaluation, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("method", "products", "cubes"),
+    [
+        # Two products for the error in each. An iteration of mAIHT has two, of AIHT and IHT one, and so has a step of
+        # the refining, which begins with one more.
+        ("maiht", 2 * 50 + 1 + 30 + 2, 0),
+        ("aiht", 50 + 1 + 30 + 2, 0),
+        ("iht", 50 + 1 + 30 + 2, 0),
+        ("wanda", 2, 0),
+        ("magnitude", 2, 0),
+        # Later columns are updated by half a product; ADMM has twenty steps and A·B. Factorising and inverting are
+        # taken for 2 n³.
+        ("sparsegpt", 2.5, 2),
+        ("admm", 20 + 1 + 2, 2),
+    ],
+)
+def test_operations_of_the_methods(llama, method, products, cubes):
+    flops = phases_of(llama, Job(method=method))["solve"].flops
+    assert flops == pytest.approx(32 * (products * PRODUCT + cubes * (3 * 4096**3 + 11008**3)), rel=1e-9)
+
+
+def test_operations_follow_the_iterations(llama):
+    flops = phases_of(llama, Job(config=MAIHTConfig(iterations=7, refine_iterations=5)))["solve"].flops
+    assert flops == pytest.approx(32 * (2 * 7 + 1 + 5 + 2) * PRODUCT, rel=1e-9)
+
+
+def test_bytes_that_all_but_the_products_move(llama):
+    """Counted by hand, in passes over a matrix and for a block's token in tensors of its two widths."""
+    # mAIHT, an iteration: the extrapolation 11, for each of two candidates thresholding 8, residual 3, loss 4 and step
+    # 3; a step of the refining 13. What is done once, such as choosing the exact support, is a tenth of it at most.
+    passes = 50 * (11 + 2 * 18) + 31 * 13
+    assert count_solver("maiht", "unstructured", 0.5, MAIHTConfig()).moved == pytest.approx(1.05 * 4 * passes, rel=0.06)
+    # Without gradients, bfloat16: two norms, computed in float32, of about 40 bytes an entry; rotary embeddings of q
+    # and k with about 22 each; attention 8; two residual additions of 6. The MLP's activation and product, 10.
+    forward = 4096 * (2 * 40 + 2 * 22 + 8 + 2 * 6) + 11008 * 10
+    assert llama.block_counts(2).forward == pytest.approx(forward, rel=0.1)
+    # At once: gate, up, the activation and the product, beside the residual.
+    assert llama.block_counts(2).peak == pytest.approx(2 * (4 * 11008 + 4096), rel=0.05)
+
+
+# NVIDIA's data sheets: GB; TFLOP/s in bfloat16 without sparsity, float32 and TF32; TB/s; GB/s of PCIe 4 or 5 x 16.
+DATA_SHEETS = {
+    "a100-40gb": (40, 312, 19.5, 156, 1.555, 32),
+    "a100-80gb": (80, 312, 19.5, 156, 2.039, 32),
+    "h100-80gb": (80, 989, 67, 494.5, 3.35, 64),
+    "h200": (141, 989, 67, 494.5, 4.8, 64),
+    "l40s": (48, 362, 91.6, 183, 0.864, 32),
+    "rtx4090": (24, 165.2, 82.6, 82.6, 1.008, 32),
+}
+
+
+def test_all_named_gpus_are_compared_with_their_data_sheets():
+    assert DATA_SHEETS.keys() == SHEETS.keys()
+
+
+@pytest.mark.parametrize("gpu", DATA_SHEETS)
+def test_seconds_are_operations_and_bytes_over_the_data_sheets_speeds(llama, gpu):
+    """At 70 % of the peak rate of products and 80 % of the memory's: what large ones reach."""
+    gigabytes, *rates, terabytes, link = DATA_SHEETS[gpu]
+    half, single, tf32 = (0.7e12 * rate for rate in rates)
+    bandwidth = 0.8e12 * terabytes
+    # The driver counts in GiB and keeps some for itself.
+    assert 0.9 * gigabytes * 1e9 < SHEETS[gpu].memory < 1.08 * gigabytes * 1e9
+
+    block, head = llama.block_counts(2), llama.head_counts(2)
+    seconds = {name: phase.seconds for name, phase in phases_of(llama, Job(train_steps=10), gpu).items()}
+    flops = {name: phase.flops for name, phase in phases_of(llama, Job(train_steps=10), gpu).items()}
+    moved = count_solver("maiht", "unstructured", 0.5, MAIHTConfig()).moved * 32 * LINEARS
+    assert seconds["solve"] == pytest.approx(flops["solve"] / single + moved / bandwidth, rel=0.01)
+    in_tf32 = phases_of(llama, Job(config=MAIHTConfig(precision="tf32")), gpu)["solve"].seconds
+    assert in_tf32 == pytest.approx(flops["solve"] / tf32 + moved / bandwidth, rel=0.01)
+
+    grams = 32 * sum(gram_flops(n, TOKENS, torch.device("cuda")) for n in (4096, 4096, 4096, 11008))
+    # Sums in float64 of 16 batches of 8 windows, and all inputs turned to float32.
+    sums = 32 * (16 * 24 / 2 * (3 * 4096**2 + 11008**2) + TOKENS * 6 * (3 * 4096 + 11008))
+    expected = (flops["capture"] - grams) / half + grams / tf32 + (sums + 32 * 2 * TOKENS * block.forward) / bandwidth
+    assert seconds["capture"] == pytest.approx(expected, rel=0.01)
+
+    moved = 2 * 166 * 2048 * (32 * block.forward + head.forward)
+    assert seconds["evaluate"] == pytest.approx(flops["evaluate"] / half + moved / bandwidth, rel=0.01)
+    # Blocks run forward twice; weights, gradients and moments are read and all but the gradients written.
+    moved = 10 * (2048 * (32 * (block.training + block.forward) + head.training) + llama.parameters * (8 + 2 * 2.03))
+    assert seconds["finetune"] == pytest.approx(flops["finetune"] / half + moved / bandwidth, rel=0.01)
+
+    offloaded = phases_of(llama, Job(offload="cpu"), gpu)
+    brought = 2 * 32 * llama.block_parameters / (0.8e9 * link)
+    assert offloaded["capture"].seconds - seconds["capture"] == pytest.approx(brought, rel=1e-3)
+    assert offloaded["evaluate"].seconds - seconds["evaluate"] == pytest.approx(2 * brought, rel=1e-3)
+
+
+def test_minutes_of_llama_7b_on_an_a100(llama):
+    """By hand: 9.7 PFLOP at 13.65 TFLOP/s and 77 TB at 1.63 TB/s; 6.3 PFLOP at 218 and 1.7 at 109 TFLOP/s."""
+    seconds = {name: phase.seconds for name, phase in phases_of(llama, Job(train_steps=1000)).items()}
+    assert seconds["solve"] == pytest.approx(711 + 47, rel=0.02)
+    assert seconds["capture"] == pytest.approx(28.9 + 15.3 + 8, rel=0.04)
+    assert seconds["evaluate"] == pytest.approx(42.8 + 8.7, rel=0.04)
+    # 0.112 PFLOP a step, which alone are 0.513 s, and 0.25 TB of activations and state.
+    assert seconds["finetune"] == pytest.approx(513 + 155, rel=0.04)
+    # In float32 nothing of it is in bfloat16 or TF32.
+    single = {name: phase.seconds for name, phase in phases_of(llama, Job(dtype="float32")).items()}
+    assert single["capture"] == pytest.approx(7.99e15 / 13.65e12 + 11, rel=0.02)
+    assert single["solve"] == seconds["solve"]
+
+
+def test_memory_of_llama_7b(llama):
+    """The largest terms by hand, in bytes: weights, gradients and 8-bit moments take 2 a weight each, and so on."""
+    weights, libraries = 2 * 6_738_415_616, 2**29
+    grams, largest, hidden = 3 * 4096**2 + 11008**2, 4096 * 11008, 2 * TOKENS * 4096
+    found = estimate(llama, Job(train_steps=1), SHEETS["a100-80gb"])
+    peaks = {phase.name: phase.device_bytes for phase in found.phases}
+    # Activations: the inputs of 32 blocks and all of one, about 24 tensors of the width and 4 of the MLP's; logits in
+    # bfloat16 and float32, their loss and gradients.
+    activations = 2048 * 2 * (32 * 4096 + 12 * 4096 + 4 * 11008) + 2048 * 32000 * 11
+    assert peaks["finetune"] == pytest.approx(libraries + 3.016 * weights + activations, rel=0.01)
+    # Sums in float64, a slice of a product in float32, and 8 windows in the MLP, with inputs turned to float32.
+    batch = 8 * 2048 * (2 * (4 * 11008 + 4096) + 4 * 11008)
+    capture = 8 * grams + 4 * 1408 * 11008 + hidden + batch
+    assert peaks["capture"] == pytest.approx(libraries + weights + capture, rel=0.01)
+    # Gram matrices in float32, one of them scaled, 11 matrices of the largest layer and the block's pruned weights.
+    solve = 4 * (grams + 11008**2) + 11 * 4 * largest + hidden
+    assert peaks["solve"] == pytest.approx(libraries + weights + solve + 2 * LINEARS, rel=0.01)
+    assert peaks["evaluate"] == pytest.approx(libraries + weights + 2048 * (96e3 + 2 * 32000) + 2**28, rel=0.01)
+    assert found.disk_bytes == 2 * (llama.parameters + llama.prunable)
+
+    offloaded = estimate(llama, Job(offload="cpu"), SHEETS["rtx4090"])
+    peaks = {phase.name: phase.device_bytes for phase in offloaded.phases}
+    resident = 2 * (2 * HEAD + 2 * 202_383_360)  # embeddings, head and two blocks
+    assert peaks["capture"] == pytest.approx(libraries + resident + capture, rel=0.01)
+    assert peaks["solve"] == pytest.approx(libraries + resident + solve, rel=0.01)
+    assert offloaded.host_bytes == pytest.approx(3 * GIB + weights, rel=1e-3)
+    budget = estimate(llama, Job(config=MAIHTConfig(memory_budget=2**28)), SHEETS["a100-80gb"])
+    saved = 11 * 4 * largest - 2**28
+    assert found.phases[2].device_bytes - budget.phases[1].device_bytes == pytest.approx(saved, rel=0.01)
+    double = estimate(llama, Job(config=MAIHTConfig(precision="float64")), SHEETS["a100-80gb"])
+    more = double.phases[1].device_bytes - found.phases[2].device_bytes
+    assert more == pytest.approx(4 * (grams + 11008**2) + 11 * 4 * largest, rel=0.01)
+
+
+def test_what_does_not_fit_comes_with_advice(llama):
+    job, small = Job(train_steps=1, optimizer="adamw", batch_size=64), SHEETS["rtx4090"]
+    found = {sentence.split()[0]: sentence for sentence in advise(llama, job, small, estimate(llama, job, small))}
+    assert "several GPUs" in found["finetune"]
+    assert "batch_size: 1" in found["capture"]
+    large = SHEETS["a100-80gb"]
+    job = Job(train_steps=1, optimizer="adamw", gradient_checkpointing=False, train_batch_size=16)
+    (advice,) = advise(llama, job, large, estimate(llama, job, large))
+    assert "optimizer: adamw_8bit, gradient_checkpointing: true" in advice
+    assert not advise(llama, Job(train_steps=1), large, estimate(llama, Job(train_steps=1), large))
+
+
+@pytest.mark.parametrize("size", [3, 256, 257, 1500])
+def test_half_of_a_gram_matrix_is_all_of_it(size):
+    tokens = torch.randn(40, size, generator=torch.Generator().manual_seed(0))
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    buffer = torch.empty(slice_rows(size, gram.device) * size)
+    for _ in range(2):
+        add_gram(gram, tokens, buffer)
+    expected = 2 * tokens.double().T @ tokens.double()
+    torch.testing.assert_close(mirror_(gram), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(gram, gram.T)
+
+
+@pytest.mark.parametrize("size", [3, 256, 257, 1500])
+def test_half_of_a_gram_matrix_takes_as_many_operations_as_predicted(size):
+    tokens, gram = torch.zeros(40, size), torch.zeros(size, size, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        add_gram(gram, tokens, torch.empty(slice_rows(size, gram.device) * size))
+    assert gram_flops(size, 40, gram.device) == counter.get_total_flops()
+
+
+def test_the_command_prints_and_writes(config, tmp_path, capsys):
+    output = tmp_path / "found.json"
+    main(["estimate", "--model", str(config), "--gpu", "a100-80gb", "--train_steps", "10", "--output", str(output)])
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("6.74 B", "finetune", "capture", "solve", "evaluate", "All of it fits"))
+    found = json.loads(output.read_text())
+    assert [phase["name"] for phase in found["phases"]] == ["finetune", "capture", "solve", "evaluate"]
+    assert found["job"]["train_steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "a1000"], "a100-80gb"),
+        (["--method", "best"], "method"),
+        (["--samples", "0"], "samples"),
+        (["--output", "/nowhere/found.json"], "existing folder"),
+        (["--gpu", "h100-80gb", "--config.memory_budget", "100"], "memory_budget"),
+    ],
+)
+def test_bad_input_is_named(config, options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["estimate", "--model", str(config), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with the CPU")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc of Linux")
+@pytest.mark.usefixtures("smollm2_gguf")
+def test_predicted_memory_is_that_of_a_real_model(tmp_path):
+    """SmolLM2: each phase within 20 %. Its seconds are the machine's, and printed by the script only."""
+    script, output = Path(__file__).parents[2] / "scripts" / "check_estimate.py", tmp_path / "found.json"
+    run = [sys.executable, script, "--json", output]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    found = json.loads(output.read_text())
+    for phase in ("evaluate", "prune", "finetune"):
+        predicted, measured = (found[kind][phase]["bytes"] for kind in ("predicted", "measured"))
+        assert predicted == pytest.approx(measured, rel=0.2), phase
+
+
+def test_this_machine_is_measured():
+    device = find_device("local", 64, 128)
+    assert min(device.memory, device.half, device.single, device.bandwidth, device.fresh) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU")
+def test_speeds_are_operations_and_bytes_over_seconds(monkeypatch):
+    """As if every call took half a second, except sums into fresh memory: a whole one."""
+    works, precisions = [], []
+
+    def seconds(place, work):
+        works.append(work().dtype)
+        precisions.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return 1.0 if len(works) == 5 else 0.5
+
+    monkeypatch.setattr("maiht_lightning.estimate.devices._seconds", seconds)
+    device = find_device("local", 64, 128)
+    assert works == [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    assert device.single == device.half == 2 * 2048 * 64 * 128 / 0.5
+    assert device.tf32 == device.single  # CPUs have none
+    assert device.bandwidth == 3 * 4 * 2**24 / 0.5
+    assert device.fresh == device.bandwidth / 2
+    assert device.link == float("inf")
+    assert device.memory == psutil.virtual_memory().total
+
+
+def test_seconds_are_those_of_one_call_in_the_middle(monkeypatch):
+    """Of seven groups of three calls: a slow moment does not count, nor a fast one."""
+    clock, calls = [0.0], []
+
+    def work():
+        calls.append(None)
+        clock[0] += {0: 9.0, 6: 0.1}.get((len(calls) - 1) // 3, 2.0)
+
+    monkeypatch.setattr("maiht_lightning.estimate.devices.time.perf_counter", lambda: clock[0])
+    assert _seconds(torch.device("cpu"), work) == pytest.approx(2.0)
+    assert len(calls) == 21
+
+
+def test_a_run_with_a_logger_stands_beside_its_prediction(tiny_llama, tmp_path, text, monkeypatch):
+    monkeypatch.setattr("maiht_lightning.callbacks.pruning.find_tokenizer", lambda *_: NoTokenizer())
+    logger = CSVLogger(tmp_path)
+    fit = trainer(MAIHTPruning(calibration=Windows(), output_dir=str(tmp_path / "run")), logger=logger)
+    fit.fit(OwnModule(tiny_llama(vocab_size=64)))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["predicted"]) == ["capture", "solve"]
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    (row,) = [row for row in rows if row.get("predicted/solve_seconds")]
+    solve = summary["predicted"]["solve"]
+    assert float(row["predicted/solve_seconds"]) == pytest.approx(solve["seconds"])
+    assert float(row["tflops/solve"]) == pytest.approx(solve["flops"] / summary["seconds"]["solve"] / 1e12)
+
+
+def test_models_that_cannot_be_estimated_are_no_error():
+    assert predict_pruning(torch.nn.Linear(3, 3), Job()) == {}

@@ -1,0 +1,54 @@
+"""The real thing: the first blocks of SmolLM2 with C4 calibration and WikiText-2."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from maiht_lightning import C4Calibration, prune
+from maiht_lightning.data.sources import evaluation_windows
+from maiht_lightning.evaluation.perplexity import perplexity
+from maiht_lightning.models.loading import load_model
+from maiht_lightning.models.sparsity import count_zeros
+
+pytestmark = pytest.mark.slow
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf):
+    model = load_model(str(smollm2_gguf))
+    model.model.layers = model.model.layers[:BLOCKS]
+    model.config.num_hidden_layers = BLOCKS
+    return model
+
+
+def test_maiht_beats_wanda_beats_magnitude_in_every_layer(smollm2, tokenizer, local_data):
+    windows = C4Calibration(samples=8, sampling="packed").windows(tokenizer, 256)
+    reports = {}
+    for method in ("maiht", "wanda", "magnitude"):
+        model = copy.deepcopy(smollm2)
+        reports[method] = prune(model, windows, method=method, batch_size=4, progress=False)
+        counts = count_zeros(model)
+        assert len(counts) == 7 * BLOCKS
+        assert all(count.zeros == count.size // 2 for count in counts)
+        assert torch.equal(model.model.embed_tokens.weight, smollm2.model.embed_tokens.weight)
+    # Block 0 sees the same inputs whatever the method; later ones see what the blocks before made of them.
+    for layer in zip(*(report.layers[:7] for report in reports.values()), strict=True):
+        maiht, wanda, magnitude = (record.relative_error for record in layer)
+        assert maiht < wanda <= magnitude, layer[0].name
+    mean = {name: sum(r.relative_error for r in report.layers) for name, report in reports.items()}
+    assert mean["maiht"] < 0.85 * mean["wanda"]
+    assert mean["wanda"] < mean["magnitude"]
+
+
+def test_dense_perplexity_on_wikitext2(smollm2_gguf, tokenizer, local_data):
+    """The whole model, against the losses that transformers itself computes, window by window."""
+    model = load_model(str(smollm2_gguf)).eval()
+    windows = evaluation_windows("wikitext2", tokenizer, 512, max_windows=4)
+    with torch.no_grad():
+        losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in windows]
+    value = perplexity(model, windows, batch_size=3, progress=False)
+    assert value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert 20 < value < 50  # the model reads English; a wrong protocol or tokenizer gives hundreds
