@@ -28,7 +28,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from fetch_smollm2 import fetch
 from maiht_lightning import C4Calibration, MAIHTConfig, prune_layer
 from maiht_lightning.capture.block_inputs import record_inputs
-from maiht_lightning.capture.grams import accumulate_grams, advance
+from maiht_lightning.capture.grams import accumulate_grams
 from maiht_lightning.data.python_docs import PythonDocsCalibration
 from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_linears
 from maiht_lightning.models.loading import load_model, load_tokenizer
@@ -126,10 +126,10 @@ def real_layers(device: str) -> dict[str, tuple[Tensor, Tensor]]:
         windows = PythonDocsCalibration(samples=16, seqlen=512).windows(tokenizer, 512)
     blocks = find_blocks(model).modules
     with evaluation_mode(model):
-        batches = record_inputs(model, blocks, windows, batch_size=4)
-        for index in range(BLOCK):
-            advance(blocks[index], batches, index)
-        groups = accumulate_grams(blocks[BLOCK], batches, BLOCK)
+        inputs = record_inputs(model, blocks, windows.split(4))
+        for block in blocks[:BLOCK]:
+            inputs.pass_through(block)
+        groups = accumulate_grams(blocks[BLOCK], inputs)
     grams = {name: group.gram.float() for group in groups for name in group.names}
     linears = find_linears(blocks[BLOCK])
     return {name: (linears[name].weight.detach().clone(), grams[name]) for name in LAYERS}  # type: ignore[operator]

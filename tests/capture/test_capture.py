@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maiht_lightning.capture.block_inputs import Batch, record_inputs
-from maiht_lightning.capture.grams import accumulate_grams, advance
+from maiht_lightning.capture.block_inputs import Batch, BlockInputs, record_inputs
+from maiht_lightning.capture.grams import accumulate_grams
 from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_linears, weight_of, write_weight
 
 VOCABULARY = 64
@@ -140,13 +140,13 @@ def test_replay_gives_the_models_own_hidden_states(family, windows, batch_size):
     """Every block's output, batch by batch; the last batch is smaller."""
     _, model = family
     blocks = find_blocks(model).modules
-    batches = record_inputs(model, blocks, windows, batch_size)
+    batches = record_inputs(model, blocks, windows.split(batch_size))
     assert [len(batch.hidden) for batch in batches] == [len(w) for w in windows.split(batch_size)]
     for tokens, batch in zip(windows.split(batch_size), batches, strict=True):
         seen = watched(blocks, lambda tokens=tokens: model(tokens))
         assert torch.equal(batch.hidden, seen[0][0][0][0])
         for index, block in enumerate(blocks):
-            advance(block, [batch], index)
+            batch.advance(block)
             output = seen[index][0][1]  # Falcon's blocks return a tuple
             assert torch.equal(batch.hidden, output[0] if isinstance(output, tuple) else output)
 
@@ -154,16 +154,16 @@ def test_replay_gives_the_models_own_hidden_states(family, windows, batch_size):
 def test_gram_matrices_are_those_of_the_dense_and_then_of_the_pruned_model(family, windows):
     model = copy.deepcopy(family[1])
     blocks = find_blocks(model)
-    batches = record_inputs(model, blocks.modules, windows, 2)
-    check_grams(model, blocks, 0, accumulate_grams(blocks.modules[0], batches, 0), windows)
-    before = batches[0].hidden.clone()
-    accumulate_grams(blocks.modules[0], batches, 0)
-    assert torch.equal(batches[0].hidden, before)
+    batches = record_inputs(model, blocks.modules, windows.split(2))
+    check_grams(model, blocks, 0, accumulate_grams(blocks.modules[0], batches), windows)
+    before = batches.batches[0].hidden.clone()
+    accumulate_grams(blocks.modules[0], batches)
+    assert torch.equal(batches.batches[0].hidden, before)
     for linear in find_linears(blocks.modules[0]).values():
         weight = weight_of(linear)
         write_weight(linear, weight * (weight.abs() > weight.abs().median()))
-    advance(blocks.modules[0], batches, 0)
-    check_grams(model, blocks, 1, accumulate_grams(blocks.modules[1], batches, 1), windows)
+    batches.pass_through(blocks.modules[0])
+    check_grams(model, blocks, 1, accumulate_grams(blocks.modules[1], batches), windows)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_gram_matrices_are_those_of_the_dense_and_then_of_the_pruned_model(famil
 def test_layers_with_the_same_input_share_a_gram_matrix(name, expected, windows):
     model = make(name)
     blocks = find_blocks(model).modules
-    groups = accumulate_grams(blocks[0], record_inputs(model, blocks, windows, 2), 0)
+    groups = accumulate_grams(blocks[0], record_inputs(model, blocks, windows.split(2)))
     assert [[path.rsplit(".")[-1] for path in group.names] for group in groups] == expected
 
 
@@ -186,13 +186,13 @@ def test_blocks_run_once_during_recording(llama, windows):
     """Only to learn what form their output has; everything else is the identity."""
     blocks = find_blocks(llama).modules
     linears = [linear for block in blocks for linear in find_linears(block).values()]
-    seen = watched(linears, lambda: record_inputs(llama, blocks, windows))
+    seen = watched(linears, lambda: record_inputs(llama, blocks, windows.split(1)))
     assert sorted(map(len, seen)) == [0] * 14 + [1] * 7
 
 
 def test_equal_arguments_are_stored_once(windows):
     model = make("gemma3")
-    batches = record_inputs(model, find_blocks(model).modules, windows, 2)
+    batches = record_inputs(model, find_blocks(model).modules, windows.split(2))
     tensors = [
         {id(t) for positional, keywords in batch.arguments for t in tensors_in((positional, keywords))}
         for batch in batches
@@ -229,9 +229,9 @@ def test_different_arguments_stay_apart(windows):
             return (hidden_states + self.linear(hidden_states) * shift, None)
 
     model = Shifting()
-    batches = record_inputs(model, tuple(model.blocks), windows, 2)
-    for index, block in enumerate(model.blocks):
-        advance(block, batches, index)
+    batches = record_inputs(model, tuple(model.blocks), windows.split(2))
+    for block in model.blocks:
+        batches.pass_through(block)
     for batch, tokens in zip(batches, windows.split(2), strict=True):
         assert torch.equal(batch.hidden, model(tokens, use_cache=False))
 
@@ -249,7 +249,7 @@ def test_forwards_are_back_after_recording(llama, windows, monkeypatch):
     given = functools.partial(blocks[1].forward)
     blocks[1].forward = given
     expected = llama(windows).logits
-    record_inputs(llama, blocks, windows)
+    record_inputs(llama, blocks, windows.split(1))
     assert "forward" not in blocks[0].__dict__
     assert blocks[1].forward is given
     assert torch.equal(llama(windows).logits, expected)
@@ -260,17 +260,17 @@ def test_forwards_are_back_after_recording(llama, windows, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(llama.model.norm, "forward", fail)
         with pytest.raises(RuntimeError, match="no memory"):
-            record_inputs(llama, blocks, windows)
+            record_inputs(llama, blocks, windows.split(1))
     assert blocks[1].forward is given
     assert torch.equal(llama(windows).logits, expected)
 
 
 def test_no_hooks_remain_after_a_failed_capture(llama, windows):
     blocks = find_blocks(llama).modules
-    batches = record_inputs(llama, blocks, windows)
-    batches[1].hidden.fill_(float("inf"))
+    batches = record_inputs(llama, blocks, windows.split(1))
+    batches.batches[1].hidden.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"inputs of .*q_proj.* are not finite"):
-        accumulate_grams(blocks[0], batches, 0)
+        accumulate_grams(blocks[0], batches)
     assert not any(linear._forward_pre_hooks for linear in find_linears(blocks[0]).values())
 
 
@@ -278,19 +278,19 @@ def test_gram_matrices_stay_float64(llama, windows):
     """Under autocast, for half-precision models, and whatever torch's default dtype is."""
     blocks = find_blocks(llama)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        batches = record_inputs(llama, blocks.modules, windows, 2)
-        for group in accumulate_grams(blocks.modules[0], batches, 0):
+        batches = record_inputs(llama, blocks.modules, windows.split(2))
+        for group in accumulate_grams(blocks.modules[0], batches):
             assert group.gram.dtype == torch.float64
         seen = watched([find_linears(blocks.modules[0])["self_attn.q_proj"]], lambda: llama(windows))
     inputs = seen[0][0][0][0].double().flatten(0, 1)
-    gram = accumulate_grams(blocks.modules[0], batches, 0)[0].gram.double()
+    gram = accumulate_grams(blocks.modules[0], batches)[0].gram.double()
     torch.testing.assert_close(gram, inputs.T @ inputs, rtol=1e-5, atol=1e-3)
 
     half = copy.deepcopy(llama).bfloat16()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        batches = record_inputs(half, find_blocks(half).modules, windows, 2)
-        groups = accumulate_grams(find_blocks(half).modules[0], batches, 0)
+        batches = record_inputs(half, find_blocks(half).modules, windows.split(2))
+        groups = accumulate_grams(find_blocks(half).modules[0], batches)
     finally:
         torch.set_default_dtype(torch.float32)
     check_grams(half, find_blocks(half), 0, groups, windows)
@@ -309,12 +309,12 @@ def test_gram_matrices_are_exact_whatever_the_training_allows(llama, windows):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        batches = record_inputs(llama, blocks, windows, 2)
+        batches = record_inputs(llama, blocks, windows.split(2))
         with Watch():
-            groups = accumulate_grams(blocks[0], batches, 0)
+            groups = accumulate_grams(blocks[0], batches)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == ["ieee"] * len(groups) * len(batches)
+    assert seen == ["ieee"] * len(groups) * len(batches.batches)
 
 
 def test_a_written_weight_counts_under_autocast(llama):
@@ -376,16 +376,16 @@ ALL = [("one", 6), ("two", 6), ("three", 6)]
 )
 def test_layers_that_do_not_run_once_on_every_token_are_refused(passes, message):
     block = Scripted(*passes)
-    batches = [Batch(torch.ones(2, 3, 4), [((), {})], torch.device("cpu")) for _ in passes]
+    batches = BlockInputs([Batch(torch.ones(2, 3, 4), [((), {})], torch.device("cpu")) for _ in passes])
     with pytest.raises(ValueError, match=message):
-        accumulate_grams(block, batches, 0)
+        accumulate_grams(block, batches)
 
 
 def test_layers_that_run_on_every_token_are_not():
     """In any order, and on more tokens than there are, as layers of a head apart do."""
     block = Scripted(ALL, [("two", 6), ("one", 6), ("three", 6)], ALL)
-    batches = [Batch(torch.ones(2, 3, 4), [((), {})], torch.device("cpu")) for _ in range(3)]
-    assert [group.gram[0, 0] for group in accumulate_grams(block, batches, 0)] == [18, 18, 18]
+    batches = BlockInputs([Batch(torch.ones(2, 3, 4), [((), {})], torch.device("cpu")) for _ in range(3)])
+    assert [group.gram[0, 0] for group in accumulate_grams(block, batches)] == [18, 18, 18]
 
     class Pair(nn.Module):
         """The last input is that of two layers: a pass ends at the first of them."""
@@ -408,7 +408,7 @@ def test_layers_that_run_on_every_token_are_not():
         def forward(self, hidden):
             return self.head(hidden.unflatten(-1, (2, 2))).flatten(-2)
 
-    (group,) = accumulate_grams(Heads(), batches, 0)
+    (group,) = accumulate_grams(Heads(), batches)
     assert group.gram[0, 0] == 36
 
 
@@ -417,7 +417,7 @@ def test_skipped_blocks_are_refused(llama, windows):
     llama.model.layers = llama.model.layers[:2]
     llama.config.num_hidden_layers = 2
     with pytest.raises(ValueError, match="ran 2 of its 3 decoder blocks"):
-        record_inputs(llama, blocks, windows)
+        record_inputs(llama, blocks, windows.split(1))
 
 
 def test_evaluation_mode_puts_every_mode_back(llama):

@@ -44,11 +44,11 @@ def solved(monkeypatch):
     class Count:
         groups, fail_at = 0, None
 
-    def solve(gram, **settings):
+    def solve(gram, spec):
         Count.groups += 1
         if Count.groups == Count.fail_at:
             raise ValueError("out of luck")
-        return original(gram, **settings)
+        return original(gram, spec)
 
     original = pruner.LayerSolver
     monkeypatch.setattr(pruner, "LayerSolver", solve)

@@ -420,11 +420,11 @@ def interrupted(monkeypatch, error, groups):
     """Let the solver raise in place of its `groups`-th Gram matrix."""
     calls = []
 
-    def solve(gram, **settings):
+    def solve(gram, spec):
         calls.append(len(gram))
         if len(calls) == groups:
             raise error
-        return original(gram, **settings)
+        return original(gram, spec)
 
     original = pruner.LayerSolver
     monkeypatch.setattr(pruner, "LayerSolver", solve)
@@ -473,7 +473,7 @@ def test_an_interrupt_while_writing_leaves_whole_blocks(llama, windows, monkeypa
         if len(count) == writes:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("maiht_lightning.pruning.pruner"), "write_weight", write)
+    monkeypatch.setattr(importlib.import_module("maiht_lightning.pruning.block_pruner"), "write_weight", write)
     with pytest.raises(KeyboardInterrupt):
         prune(llama, windows, progress=False)
     done = weights_of(llama, 0) | (weights_of(llama, 1) if writes > 7 else set())

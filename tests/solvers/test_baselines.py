@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from helpers.counts import check_zeros, floor_of
-from maiht_lightning.solvers import LayerSolver, MAIHTConfig, admm, parse_pattern, prune_layer, sparsegpt
+from maiht_lightning.solvers import LayerSolver, MAIHTConfig, PruningSpec, admm, parse_pattern, prune_layer, sparsegpt
 from maiht_lightning.solvers.problem import scale_gram
 
 PATTERNS = [("unstructured", 0.5), ("unstructured", 0.7), ("row", 0.3), ("2:4", 0.5), ("1:3", 2 / 3)]
@@ -220,7 +220,7 @@ def test_the_factorisation_is_shared_and_inputs_stay(method):
     weight, gram = layer(dtype=torch.float32)
     other = layer(out=3, seed=5, dtype=torch.float32)[0]
     before = weight.clone(), other.clone(), gram.clone()
-    shared = LayerSolver(gram, method=method)
+    shared = LayerSolver(gram, PruningSpec.parse(method=method))
     together = [shared.prune(weight), shared.prune(other)]
     for alone, result in zip((weight, other), together, strict=True):
         assert torch.equal(result.weight, prune_layer(alone, gram, method=method).weight)

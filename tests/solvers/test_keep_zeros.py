@@ -9,7 +9,7 @@ import torch
 
 from maiht_lightning import MAIHTConfig, prune, prune_layer
 from maiht_lightning.models.sparsity import count_zeros
-from maiht_lightning.solvers import METHODS, LayerSolver, parse_pattern
+from maiht_lightning.solvers import METHODS, LayerSolver, PruningSpec, parse_pattern
 from maiht_lightning.solvers.problem import relative_error, scale_gram
 
 KEEP = MAIHTConfig(keep_zeros=True)
@@ -89,7 +89,7 @@ def test_in_slices_of_rows(pattern):
     weight, gram = problem(3)
     weight[weight.abs() < 0.4] = 0
     whole, sliced = (
-        LayerSolver(gram, pattern=pattern, config=replace(KEEP, memory_budget=budget)).prune(weight)
+        LayerSolver(gram, PruningSpec.parse(pattern=pattern, config=replace(KEEP, memory_budget=budget))).prune(weight)
         for budget in (None, 11 * 32 * 4 * 7)
     )
     assert not sliced.weight[weight == 0].any()

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from test_solvers_reference import FLOAT64, make_problem
 
 from helpers.counts import check_zeros
-from maiht_lightning.solvers import METHODS, LayerSolver, MAIHTConfig, layer, parse_pattern, patterns, prune_layer
+from maiht_lightning.solvers import (
+    METHODS,
+    LayerSolver,
+    MAIHTConfig,
+    PruningSpec,
+    layer,
+    parse_pattern,
+    patterns,
+    prune_layer,
+)
 from maiht_lightning.solvers.precision import float32_products
 
 ITERATIVE = ("maiht", "aiht", "iht")
@@ -328,7 +337,7 @@ def test_by_default_it_is_the_papers_at_half_the_weights():
 
 
 def test_a_bad_layer_does_not_spoil_the_others_of_its_group():
-    solver = LayerSolver(torch.eye(8))
+    solver = LayerSolver(torch.eye(8), PruningSpec.parse())
     with pytest.raises(ValueError, match="gram must have shape"):
         solver.prune(torch.eye(4))
     assert torch.equal(solver.prune(torch.eye(8)).weight, prune_layer(torch.eye(8), torch.eye(8)).weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.counts import floor_of
-from maiht_lightning.solvers import LayerSolver, MAIHTConfig, prune_layer
+from maiht_lightning.solvers import LayerSolver, MAIHTConfig, PruningSpec, prune_layer
 
 FLOAT64 = MAIHTConfig(precision="float64")
 
@@ -154,7 +154,7 @@ def test_relative_error_is_that_of_the_outputs():
 def test_a_group_is_solved_as_its_layers_are():
     gram = make_problem(7, 1, 24)[1]
     weights = [make_problem(8 + i, out, 24)[0] for i, out in enumerate((12, 4, 4))]
-    shared = LayerSolver(gram)
+    shared = LayerSolver(gram, PruningSpec.parse())
     for weight in weights:
         result, alone = shared.prune(weight), prune_layer(weight, gram)
         assert torch.equal(alone.weight, result.weight)

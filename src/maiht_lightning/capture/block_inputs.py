@@ -1,11 +1,11 @@
-"""Recording what enters the decoder blocks, and running them one by one.
+"""What enters the decoder blocks, one block after another.
 
-The model's own forward prepares rotary embeddings and masks; what it hands to each block is recorded once,
-with every block replaced by the identity, and given to the block again when its turn comes. So the blocks'
-conventions need not be known here, and recording costs next to nothing.
+The model's own forward prepares rotary embeddings and masks. What it hands to each block is recorded once, with every
+block replaced by the identity, and given to the block when its turn comes. So the blocks' conventions need not be known
+here, and recording costs next to nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,92 +14,130 @@ import torch
 from torch import Tensor, nn
 
 from ..models.offload import to_device
+from .hidden_states import HiddenStateStore
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
 class Batch:
-    """Calibration windows on their way through the blocks.
+    """Windows on their way through the blocks.
 
     Args:
         hidden: Input of the next block (windows, seqlen, hidden), in the model's dtype, where it is kept: on the
             computing device, in host memory, or in a file that is mapped there.
         arguments: For each block the other arguments it gets: positional ones, keyword ones.
-        device: Where to compute.
+        device: Where the blocks are computed.
+        index: The next block.
     """
 
     hidden: Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    arguments: list[Arguments]
     device: torch.device
+    index: int = 0
 
     def input(self) -> Tensor:
-        """Input of the next block on the computing device."""
+        """Return the input of the next block (windows, seqlen, hidden) on the computing device."""
         return self.hidden.to(self.device, non_blocking=True)
 
-    def advance(self, block: nn.Module, index: int) -> None:
-        """Replace the hidden states by a block's output."""
-        output = run_block(block, self.input(), self.arguments[index])
-        if self.kept_elsewhere:
+    def run(self, block: nn.Module) -> Tensor:
+        """Return the output (windows, seqlen, hidden) of the next block; older models wrap it in a tuple."""
+        positional, keywords = self.arguments[self.index]
+        output = block(self.input(), *positional, **keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+    def advance(self, block: nn.Module) -> None:
+        """Replace the hidden states by the output of the next block."""
+        output = self.run(block)
+        self.index += 1
+        if self._is_stored:
             self.hidden.copy_(output, non_blocking=True)
         else:
             self.hidden = output
 
     @property
-    def kept_elsewhere(self) -> bool:
-        """Whether the hidden states have a place of their own, not that of the block's output."""
+    def _is_stored(self) -> bool:
+        """Whether the hidden states have memory of their own, which is not that of a block's output."""
         return self.hidden.device.type != self.device.type or _is_mapped(self.hidden)
 
 
-def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    """Output (windows, seqlen, hidden) of one block; older models wrap it in a tuple."""
-    positional, keywords = arguments
-    output = block(hidden, *positional, **keywords)
-    return output[0] if isinstance(output, tuple) else output
+class BlockInputs:
+    """Batches that are the inputs of one block after another.
+
+    Iterating gives the batches, each of them an input of the block after the last one passed. A block is passed lazily:
+    each batch goes through it as the batch is asked for, so that hidden states in host memory or on disk are read once
+    per block.
+
+    Args:
+        batches: The batches, as inputs of the first block.
+    """
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+        self._passed: nn.Module | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            if self._passed is not None:
+                batch.advance(self._passed)
+            yield batch
+        # A copy of a block is freed with this.
+        self._passed = None
+
+    @torch.no_grad()
+    def pass_through(self, block: nn.Module) -> None:
+        """Let the next block be behind the batches; `block` must stay as it is until they have been iterated over."""
+        if self._passed is not None:
+            for _ in self:
+                pass
+        self._passed = block
 
 
 @torch.no_grad()
 def record_inputs(
     model: nn.Module,
     blocks: tuple[nn.Module, ...],
-    windows: Tensor,
-    batch_size: int = 1,
+    batches: Sequence[Tensor],
     *,
     device: torch.device | None = None,
-    keep: Callable[[Tensor], Tensor] | None = None,
-) -> list[Batch]:
+    store: HiddenStateStore | None = None,
+) -> BlockInputs:
     """Record the first block's inputs and every block's other arguments.
 
     Args:
         model: A Hugging Face causal language model in eval mode; its blocks may be on the meta device.
         blocks: Its decoder blocks.
-        windows: Token ids (samples, seqlen).
-        batch_size: Windows a forward pass.
+        batches: Token ids (windows, seqlen) of each forward pass.
         device: Where the blocks will be computed; by default where the model is.
-        keep: Puts hidden states where they are kept.
+        store: Keeps the hidden states; by default they stay on the device.
 
     Returns:
-        One entry a batch. Arguments that are equal in all batches are stored once.
+        The batches. Arguments that are equal in all of them are stored once.
+
+    Raises:
+        ValueError: The model skips blocks or repeats them.
     """
-    batches: list[Batch] = []
+    found: list[Batch] = []
     recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
     # The backbone, without the head: a vocabulary of logits is of no use here.
     backbone = getattr(model, "base_model", model)
-    home = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
-    device = device or home
+    outside = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    device = device or outside
     with _blocks_bypassed(blocks, recorded):
-        for tokens in windows.split(batch_size):
+        for tokens in batches:
             recorded.clear()
-            backbone(input_ids=tokens.to(home), use_cache=False)
+            backbone(input_ids=tokens.to(outside), use_cache=False)
             if len(recorded) != len(blocks):
                 raise ValueError(
                     f"{type(model).__name__} ran {len(recorded)} of its {len(blocks)} decoder blocks in one "
                     f"forward pass; models that skip or repeat blocks are not supported"
                 )
             arguments = to_device([(positional, keywords) for _, positional, keywords in recorded], device)
-            if batches:
-                arguments = [_share(new, old) for new, old in zip(arguments, batches[0].arguments, strict=True)]
+            if found:
+                arguments = [_share(new, old) for new, old in zip(arguments, found[0].arguments, strict=True)]
             hidden = recorded[0][0]
-            batches.append(Batch(hidden.to(device) if keep is None else keep(hidden), arguments, device))
-    return batches
+            found.append(Batch(hidden.to(device) if store is None else store.put(hidden), arguments, device))
+    return BlockInputs(found)
 
 
 @torch.no_grad()

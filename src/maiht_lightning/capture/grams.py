@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models.blocks import find_linears, weight_of
 from ..solvers.precision import float32_products
-from .block_inputs import Batch, run_block
+from .block_inputs import BlockInputs
 
 # Formats whose values TF32 holds exactly: with it their products are as good as in float32, and far faster.
 _WITHIN_TF32 = (torch.bfloat16, torch.float16)
@@ -32,19 +32,15 @@ class InputGroup:
 
 
 @torch.no_grad()
-def accumulate_grams(
-    block: nn.Module, batches: list[Batch], index: int, *, before: nn.Module | None = None, tf32: bool = False
-) -> list[InputGroup]:
+def accumulate_grams(block: nn.Module, inputs: BlockInputs, *, tf32: bool = False) -> list[InputGroup]:
     """Run all batches through one block and sum XᵀX for each distinct input of its linear layers.
 
-    A pass ends at the input of the last layer, since the block's output is of no use before it is pruned.
+    XᵀX is what SparseGPT and GPTQ call the Hessian. A pass ends at the input of the last layer, since the block's
+    output is of no use before it is pruned.
 
     Args:
         block: The decoder block in eval mode.
-        batches: Its inputs; left as they are, but for `before`.
-        index: The block's place in the model, which picks its arguments.
-        before: The pruned block before this one, if the batches are still that one's inputs: each batch is brought
-            through both at once, so that hidden states kept in host memory or on disk are read once a block.
+        inputs: Its inputs; they are not passed through it.
         tf32: Round float32 inputs to TF32 in the products, on CUDA devices that have it.
 
     Returns:
@@ -60,13 +56,10 @@ def accumulate_grams(
         for name, linear in linears.items()
     ]
     try:
-        for batch in batches:
-            if before is not None:
-                batch.advance(before, index - 1)
-            hidden = batch.input()
-            collector.tokens = hidden.shape[:-1].numel()
+        for batch in inputs:
+            collector.tokens = batch.hidden.shape[:-1].numel()
             with suppress(_SeenAll):
-                run_block(block, hidden, batch.arguments[index])
+                batch.run(block)
             collector.end_batch()
     finally:
         for handle in handles:
@@ -111,13 +104,6 @@ def mirror_(gram: Tensor) -> Tensor:
         corner = gram[start:end, start:end]
         corner.copy_(corner.triu() + corner.triu(1).T)
     return gram
-
-
-@torch.no_grad()
-def advance(block: nn.Module, batches: list[Batch], index: int) -> None:
-    """Replace each batch's hidden states by the block's output."""
-    for batch in batches:
-        batch.advance(block, index)
 
 
 class _SeenAll(Exception):

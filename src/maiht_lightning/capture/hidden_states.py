@@ -1,32 +1,32 @@
-"""Where the windows' hidden states are kept between two blocks."""
+"""Where the calibration windows' hidden states wait between two blocks: on the device, in host memory or on disk."""
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
+import psutil
 import torch
 from torch import Tensor
 
 Storage = Literal["auto", "device", "host", "disk"]
 
 
-def check_storage(place: str) -> str:
-    """Return `place`, or raise `ValueError` listing the known ones."""
-    if place not in get_args(Storage):
-        raise ValueError(f"hidden_states must be one of {', '.join(get_args(Storage))}, but found {place!r}")
-    return place
+def check_storage(storage: str) -> str:
+    """Return `storage`, or raise `ValueError` listing the known ones."""
+    if storage not in get_args(Storage):
+        raise ValueError(f"hidden_states must be one of {', '.join(get_args(Storage))}, but found {storage!r}")
+    return storage
 
 
 def choose_storage(size: int, device: torch.device, working: int = 0) -> Storage:
-    """Where hidden states fit: on the device beside what works there, in half of the free host memory, or on disk.
+    """Choose where hidden states fit: on the device, in half of the free host memory, or on disk.
 
     Args:
-        size: Their bytes.
-        device: Where to compute.
-        working: Bytes that blocks, Gram matrices and solver need on the device.
+        size: Bytes of the hidden states.
+        device: Where the blocks are computed.
+        working: Bytes that blocks, Gram matrices and solver need on the device beside them.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -39,42 +39,46 @@ def choose_storage(size: int, device: torch.device, working: int = 0) -> Storage
     return "host" if size <= available_host_memory() / 2 else "disk"
 
 
-def available_host_memory() -> float:
-    """Bytes of host memory that programs may still take; infinite where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
+def available_host_memory() -> int:
+    """Bytes of host memory that programs may still take."""
+    return int(psutil.virtual_memory().available)
 
 
-@contextmanager
-def keeping(place: str, device: torch.device, folder: Path | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function that puts hidden states into their place, and gives them back there.
+class HiddenStateStore:
+    """Keeps hidden states between two blocks.
+
+    Used as a context, at whose end its files are deleted.
 
     Args:
-        place: `device`; `host`, in pinned memory if the device is a GPU; or `disk`, in mapped files.
-        device: Where to compute.
-        folder: Where the files are made; by default the system's temporary folder. They are deleted at the end.
+        storage: `device`; `host`, in pinned memory if the device is a GPU; or `disk`, in mapped files.
+        device: Where the blocks are computed.
+        folder: Where the files are made; by default the system's temporary folder.
     """
-    if place != "disk":
-        yield lambda hidden: _in_memory(hidden, place, device)
-        return
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="hidden_states_", dir=folder) as files:
-        numbers = count()
 
-        def keep(hidden: Tensor) -> Tensor:
-            path = str(Path(files) / f"batch_{next(numbers):06d}.bin")
+    def __init__(self, storage: Storage, device: torch.device, folder: Path | None = None) -> None:
+        self.storage, self.device, self._folder = storage, device, folder
+        self._files: Path | None = None
+        self._numbers = count()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self.storage == "disk":
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(prefix="hidden_states_", dir=self._folder)
+            self._files = Path(self._open.enter_context(folder))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def put(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states (windows, seqlen, hidden) as they are kept, a tensor that can be written to."""
+        if self._files is not None:
+            path = str(self._files / f"batch_{next(self._numbers):06d}.bin")
             mapped = torch.from_file(path, shared=True, size=hidden.numel(), dtype=hidden.dtype)
             return mapped.view(hidden.shape).copy_(hidden)
-
-        yield keep
-
-
-def _in_memory(hidden: Tensor, place: str, device: torch.device) -> Tensor:
-    if place == "device" or device.type == "cpu":
-        return hidden.to(device)
-    pinned = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=device.type == "cuda")
-    return pinned.copy_(hidden)
+        if self.storage == "device" or self.device.type == "cpu":
+            return hidden.to(self.device)
+        pinned = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self.device.type == "cuda")
+        return pinned.copy_(hidden)

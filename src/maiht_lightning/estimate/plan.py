@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from ..capture.grams import slice_rows
-from ..solvers import MAIHTConfig, check_method, parse_pattern
-from ..solvers.slices import MATRICES, rows_within
+from ..solvers import MAIHTConfig, PruningSpec
+from ..solvers.slices import solver_bytes
 from ..validation import check_at_least
 from .devices import GIB, Device
 from .shape import ModelShape
@@ -62,12 +62,16 @@ class Job:
     eval_batch_size: int = 1
 
     def __post_init__(self) -> None:
-        check_method(self.method)
-        parse_pattern(self.pattern, self.sparsity)
+        _ = self.spec
         for name in ("samples", "seqlen", "batch_size", "train_batch_size", "eval_batch_size"):
             check_at_least(1, **{name: getattr(self, name)})
         for name in ("train_steps", "eval_windows"):
             check_at_least(0, **{name: getattr(self, name)})
+
+    @property
+    def spec(self) -> PruningSpec:
+        """How the layers are pruned."""
+        return PruningSpec.parse(self.sparsity, self.pattern, self.method, self.config)
 
     @property
     def itemsize(self) -> int:
@@ -215,7 +219,7 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
 
 
 def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
-    counts = count_solver(job.method, job.pattern, job.sparsity, job.config)
+    counts = count_solver(job.spec)
     flops = shape.blocks * sum(counts.products * layer.outputs * layer.inputs**2 for layer in shape.layers)
     if job.method in ("sparsegpt", "admm"):
         # Factorising and inverting the Gram matrix.
@@ -226,11 +230,9 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     moved = shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
     rates = {"float32": device.single, "tf32": device.tf32, "float64": device.single / 2}
     seconds = flops / rates[job.config.precision] + moved / device.bandwidth
-    item = 8 if job.config.precision == "float64" else 4
-    state = max(
-        MATRICES * item * rows_within(job.config.memory_budget, (la.outputs, la.inputs), job.config.dtype) * la.inputs
-        for la in shape.layers
-    )
+    item = job.config.dtype.itemsize
+    config = job.config
+    state = max(solver_bytes((la.outputs, la.inputs), config.dtype, config.memory_budget) for la in shape.layers)
     grams = item * (sum(n * n for n in shape.grams) + max(shape.grams) ** 2)
     results = job.itemsize * sum(layer.weights for layer in shape.layers) if job.offload == "none" else 0
     memory = device.base + _resident(shape, job) + grams + state + results + _hidden(shape, job)

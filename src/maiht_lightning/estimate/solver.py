@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..solvers import LayerSolver, MAIHTConfig
+from ..solvers import LayerSolver, PruningSpec
 from .probe import Traffic
 
 # Inputs of the small layers, and rows of two of them.
@@ -27,15 +27,15 @@ class SolverCounts:
 
 
 @cache
-def count_solver(method: str, pattern: str, sparsity: float, config: MAIHTConfig) -> SolverCounts:
-    """Counts of a method by `prune_layer`'s arguments."""
+def count_solver(spec: PruningSpec) -> SolverCounts:
+    """Count what a layer's solution takes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         inputs, weight = torch.randn(4 * _WIDTH, _WIDTH), torch.randn(_MORE, _WIDTH)
     products, moved = [], []
     for rows in (_FEWER, _MORE):
         with FlopCounterMode(display=False) as flops, Traffic() as traffic:
-            solver = LayerSolver(inputs.T @ inputs, sparsity=sparsity, pattern=pattern, method=method, config=config)
+            solver = LayerSolver(inputs.T @ inputs, spec)
             solver.prune(weight[:rows])
         products.append(flops.get_total_flops())
         moved.append(traffic.moved)

@@ -11,8 +11,7 @@ from torchmetrics import Metric
 from tqdm.auto import tqdm
 
 from ..capture.block_inputs import logits_from_hidden, record_inputs
-from ..capture.grams import advance
-from ..capture.hidden_states import choose_storage, keeping
+from ..capture.hidden_states import HiddenStateStore, choose_storage
 from ..distributed import Ranks
 from ..models.blocks import evaluation_mode, find_blocks
 from ..models.offload import BlockLoader, execution_device, hidden_bytes, is_offloaded, without_block_weights
@@ -177,14 +176,17 @@ def _logits(
             yield input_ids, model(input_ids=input_ids, use_cache=False).logits
         return
     blocks = find_blocks(model)
-    loader, outside = BlockLoader(blocks, device), without_block_weights(model, blocks, device)
-    inside = find_blocks(outside).modules
     size = sum(batch.numel() for batch in batches) * hidden_bytes(model)
-    with loader, keeping(choose_storage(size, device, 4 * loader.block_bytes()), device) as keep:
-        inputs = [record_inputs(outside, inside, batch, len(batch), device=device, keep=keep)[0] for batch in batches]
-        for index in tqdm(range(len(inside)), unit="block", **bar):
-            block = loader.fetch(index)
-            loader.prefetch(index + 1)
-            advance(block, inputs, index)
-        for input_ids, hidden in zip(batches, inputs, strict=True):
-            yield input_ids, logits_from_hidden(outside, inside, input_ids, hidden.input())
+    outer = without_block_weights(model, blocks, device)
+    outer_blocks = find_blocks(outer).modules
+    with BlockLoader(blocks, device) as loader:
+        # The block at work, the one before it, the one that is read meanwhile, and what a block computes.
+        storage = choose_storage(size, device, 4 * loader.block_bytes())
+        with HiddenStateStore(storage, device) as store:
+            inputs = record_inputs(outer, outer_blocks, batches, device=device, store=store)
+            for index in tqdm(range(len(loader)), unit="block", **bar):
+                block = loader.fetch(index)
+                loader.prefetch(index + 1)
+                inputs.pass_through(block)
+            for input_ids, batch in zip(batches, inputs, strict=True):
+                yield input_ids, logits_from_hidden(outer, outer_blocks, input_ids, batch.input())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -108,15 +108,17 @@ class BlockLoader:
         self._reader = ThreadPoolExecutor(1, "block-reader") if self._prefetches else None
         self._coming: tuple[int, Future[nn.Module]] | None = None
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """While blocks are handed out; ends the reading ahead."""
-        try:
-            yield
-        finally:
-            self._coming = None
-            if self._reader is not None:
-                self._reader.shutdown(cancel_futures=True)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the reading ahead."""
+        self._coming = None
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+
+    def __len__(self) -> int:
+        return len(self.blocks.modules)
 
     def fetch(self, index: int) -> nn.Module:
         """A block on the computing device: the block itself, or a copy."""

@@ -1,73 +1,85 @@
-"""One decoder block after another: its Gram matrices, its layers' solutions, and the way through it."""
+"""The loop over the decoder blocks: each one's Gram matrices, its layers' solutions, and the way through it."""
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ..capture.block_inputs import Batch
-from ..capture.grams import InputGroup, accumulate_grams, advance
+from ..capture.block_inputs import BlockInputs
+from ..capture.grams import InputGroup, accumulate_grams
 from ..distributed import RankError, Ranks
 from ..models.blocks import find_linears, weight_of, write_weight
 from ..models.offload import BlockLoader
 from ..records import LayerRecord, PruningReport
-from ..solvers import LayerResult, LayerSolver
-from .journal import Journal
+from ..solvers import LayerResult, LayerSolver, PruningSpec
+from .journal import Journal, block_file
 
 
 class PruningError(RuntimeError):
     """A layer could not be pruned; the message names it. Blocks before it are pruned, later ones dense."""
 
 
-@dataclass
 class BlockPruner:
-    """Prunes blocks in their order.
+    """Prunes the blocks of a model in their order, and keeps the account of it.
 
     Args:
-        loader: Where the blocks come from.
-        batches: The calibration windows of this process, as inputs of the next block.
-        ranks: The processes at work.
-        journal: Keeps finished blocks; at the first process.
-        solver: What `LayerSolver` is told.
+        loader: Hands out the blocks.
+        inputs: The calibration windows of this process, as inputs of the first block.
+        spec: How layers are pruned.
+        ranks: The processes that prune together.
+        journal: Keeps finished blocks; only the first process has one.
+        journal_dir: Its folder, in all processes: models on disk find their pruned weights in its files.
         bar: Progress, in layers.
+
+    Attributes:
         report: Times and records so far.
     """
 
-    loader: BlockLoader
-    batches: list[Batch]
-    ranks: Ranks
-    journal: Journal | None
-    solver: dict[str, Any]
-    bar: Any
-    report: PruningReport = field(default_factory=PruningReport)
-    # The pruned block before the one at work, through which the batches have not been brought yet.
-    before: nn.Module | None = None
+    def __init__(
+        self,
+        loader: BlockLoader,
+        inputs: BlockInputs,
+        spec: PruningSpec,
+        ranks: Ranks,
+        journal: Journal | None,
+        journal_dir: Path | None,
+        bar: "tqdm[None]",
+    ) -> None:
+        self.loader, self.inputs, self.spec, self.ranks = loader, inputs, spec, ranks
+        self.journal, self.journal_dir = journal, journal_dir
+        self.report = PruningReport()
+        self._bar = bar
 
-    def prune_next(self, block: nn.Module, index: int) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-        """Weights (out, in) by name in the block, and records. The batches are brought through the block before.
-
-        Where the block is a copy, which saves memory, the weights are its own; else it is left as it is.
+    def run(self) -> Iterator[list[LayerRecord]]:
+        """Yield the records of one block after another, each when its weights are where the model keeps them.
 
         Raises:
             PruningError: See there.
         """
-        start = time.perf_counter()
-        done = self.ranks.broadcast_object(self.journal.load(index) if self.journal is not None else None)
-        if done is not None:
-            if self.before is not None:
-                advance(self.before, self.batches, index - 1)
-                self.before = None
-            self.loader.prefetch(index + 1)
+        for index in range(len(self.loader)):
+            records = self._prune(index)
+            self.report.layers += records
+            yield records
+
+    def _prune(self, index: int) -> list[LayerRecord]:
+        block, start = self.loader.fetch(index), time.perf_counter()
+        finished = self.ranks.broadcast_object(self.journal.load(index) if self.journal is not None else None)
+        if finished is not None:
+            weights, records = finished
             self._show(index, "from the journal")
-            self.bar.update(len(done[0]))
+            self._bar.update(len(records))
+            self._put(index, block, weights)
+            self.inputs.pass_through(block)
+            self.loader.prefetch(index + 1)
             self.report.capture_seconds += time.perf_counter() - start
             self.report.resumed += 1
-            return done
+            return records
         self._show(index, "Gram matrices")
         groups, owners = self._capture(block, index)
-        # Not earlier: the block before took its place in memory, and sums in float64 took theirs.
+        # Only now: while the batches went through the block before this one, that block was still in memory, and each
+        # Gram matrix was still a sum in float64.
         self.loader.prefetch(index + 1)
         captured = time.perf_counter()
         weights, records = self._solve(block, index, groups, owners)
@@ -75,30 +87,42 @@ class BlockPruner:
         self.report.solve_seconds += time.perf_counter() - captured
         if self.journal is not None:
             self.journal.save(index, weights, records)
-        return weights, records
+        self._put(index, block, weights)
+        self.inputs.pass_through(block)
+        return records
+
+    def _put(self, index: int, block: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Write the pruned weights (out, in) into the block at work, and where the model keeps them."""
+        _write(block, weights)
+        if self.loader.copies:
+            file = None if self.journal_dir is None else block_file(self.journal_dir, index)
+            self.loader.write_back(index, weights, file)
 
     def _capture(self, block: nn.Module, index: int) -> tuple[list[InputGroup], list[int]]:
-        """The groups of layers, and the process that solves each: it has the Gram matrix, in the solver's dtype."""
-        tf32 = self.solver["config"].precision == "tf32"
+        """The groups of layers, and the rank that solves each: that one has the Gram matrix, in the solver's dtype."""
+        config = self.spec.config
         try:
             with self.ranks.errors_shared():
-                groups = accumulate_grams(block, self.batches, index, before=self.before, tf32=tf32)
+                groups = accumulate_grams(block, self.inputs, tf32=config.precision == "tf32")
         except (ValueError, RuntimeError) as error:
             path = self._path(index)
             raise PruningError(f"{path} could not be captured: {error}. It and later blocks are unchanged.") from error
-        self.before = None
         linears = find_linears(block)
         costs = [len(g.gram) ** 2 * sum(len(weight_of(linears[name])) for name in g.names) for g in groups]
         owners = self.ranks.assign_by_cost([float(cost) for cost in costs])
         for group, owner in zip(groups, owners, strict=True):
             self.ranks.reduce(group.gram, owner)
             is_mine = owner == self.ranks.rank
-            group.gram = group.gram.to(self.solver["config"].dtype) if is_mine else group.gram.new_empty(0)
+            group.gram = group.gram.to(config.dtype) if is_mine else group.gram.new_empty(0)
         return groups, owners
 
     def _solve(
         self, block: nn.Module, index: int, groups: list[InputGroup], owners: list[int]
     ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+        """The block's pruned weights (out, in) by the layer's name, the same in all processes, and their records.
+
+        Where the block is a copy, its own weights are pruned, which saves memory; else it stays as it is.
+        """
         linears = find_linears(block)
         weights: dict[str, Tensor] = {}
         records: dict[str, LayerRecord] = {}
@@ -121,7 +145,7 @@ class BlockPruner:
             for name in group.names:
                 if owner != self.ranks.rank:
                     weights[name] = weight_of(linears[name]).detach().clone().contiguous()
-                    self.bar.update()
+                    self._bar.update()
                 weights[name] = self.ranks.broadcast(weights[name].contiguous(), owner)
         order = [name for group in groups for name in group.names]
         return {name: weights[name] for name in order}, [records[name] for name in order]
@@ -129,19 +153,19 @@ class BlockPruner:
     def _solve_group(
         self, linears: dict[str, nn.Module], group: InputGroup, index: int
     ) -> Iterator[tuple[str, LayerResult]]:
-        """Results by the layer's name. The group's Gram matrix is given up."""
+        """Results by the layer's name. The group gives its Gram matrix up."""
         # What fails before the first layer of a group is begun concerns their common inputs, so all of them.
         concerned = group.names
         self._show(index, ", ".join(concerned))
         try:
-            shared = LayerSolver(group.gram, **self.solver)
+            shared = LayerSolver(group.gram, self.spec)
             # From here on the solver has its own.
             group.gram = group.gram.new_empty(0)
             for name in group.names:
                 concerned = [name]
                 result = shared.prune(weight_of(linears[name]))
                 self._show(index, f"{name}, error {result.relative_error:.4f}")
-                self.bar.update()
+                self._bar.update()
                 yield name, result
                 del result
         except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -154,7 +178,7 @@ class BlockPruner:
         return f"{self.loader.blocks.path}.{index}"
 
     def _show(self, index: int, what: str) -> None:
-        self.bar.set_postfix_str(f"block {index + 1}/{len(self.loader.blocks.modules)}, {what}")
+        self._bar.set_postfix_str(f"block {index + 1}/{len(self.loader)}, {what}")
 
 
 def _record(name: str, block: int, result: LayerResult) -> LayerRecord:
@@ -169,3 +193,15 @@ def _record(name: str, block: int, result: LayerResult) -> LayerRecord:
         accelerated=result.accelerated,
         seconds=result.seconds,
     )
+
+
+def _write(block: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Write a block's weights, all of them: an interrupt (Ctrl-C) in between is passed on afterwards."""
+    linears = find_linears(block)
+    try:
+        for name, weight in weights.items():
+            write_weight(linears[name], weight)
+    except BaseException:
+        for name, weight in weights.items():
+            write_weight(linears[name], weight)
+        raise

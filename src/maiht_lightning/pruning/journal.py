@@ -62,7 +62,7 @@ class Journal:
 
     def load(self, block: int) -> tuple[dict[str, Tensor], list[LayerRecord]] | None:
         """Weights (out, in) by name in the block, and records, of a finished block; else None."""
-        path = self._path(block)
+        path = block_file(self.folder, block)
         if not path.exists():
             return None
         with safe_open(path, framework="pt") as file:
@@ -72,12 +72,12 @@ class Journal:
 
     def save(self, block: int, weights: dict[str, Tensor], records: list[LayerRecord]) -> None:
         """Note a finished block."""
-        partial = self._path(block).with_suffix(".partial")
+        partial = block_file(self.folder, block).with_suffix(".partial")
         tensors = {name: weight.contiguous().cpu() for name, weight in weights.items()}
         digest = _digest({name: partial_of(Tensor.detach, weight) for name, weight in tensors.items()})
         metadata = {"records": json.dumps([asdict(record) for record in records]), "digest": digest}
         save_file(tensors, partial, metadata=metadata)
-        partial.replace(self._path(block))
+        partial.replace(block_file(self.folder, block))
 
     def _continues(self, found: Any, settings: dict[str, Any]) -> bool:
         if not isinstance(found, dict) or {**found, "blocks": 0} != {**settings, "blocks": 0}:
@@ -86,13 +86,10 @@ class Journal:
         return len(dense) == len(now) and all(now[i] in (dense[i], self._pruned_digest(i)) for i in range(len(now)))
 
     def _pruned_digest(self, block: int) -> str | None:
-        if not self._path(block).exists():
+        if not block_file(self.folder, block).exists():
             return None
-        with safe_open(self._path(block), framework="pt") as file:
+        with safe_open(block_file(self.folder, block), framework="pt") as file:
             return str(file.metadata().get("digest"))
-
-    def _path(self, block: int) -> Path:
-        return block_file(self.folder, block)
 
     @staticmethod
     def _read(path: Path) -> Any:

@@ -8,9 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..capture.block_inputs import record_inputs
-from ..capture.hidden_states import Storage, check_storage, choose_storage, keeping
+from ..capture.block_inputs import BlockInputs, record_inputs
+from ..capture.hidden_states import HiddenStateStore, Storage, check_storage, choose_storage
 from ..distributed import Ranks
 from ..models.blocks import (
     DecoderBlocks,
@@ -29,19 +27,17 @@ from ..models.blocks import (
     find_linears,
     refuse_adapters,
     weight_of,
-    write_weight,
 )
 from ..models.offload import BlockLoader, execution_device, full_tensor, hidden_bytes, without_block_weights
 from ..records import LayerRecord, PruningReport
-from ..solvers import MAIHTConfig, Pattern, check_method, parse_pattern, resolve_config
-from ..solvers.slices import MATRICES
+from ..solvers import MAIHTConfig, Pattern, PruningSpec
+from ..solvers.slices import solver_bytes
 from .block_pruner import BlockPruner
-from .journal import Journal, block_file, fingerprint
+from .journal import Journal, fingerprint
 
 log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def prune(
     model: nn.Module,
     windows: Tensor,
@@ -77,8 +73,9 @@ def prune(
             every M consecutive inputs).
         method: See `prune_layer`.
         config: Settings of the solver, or a preset's name; the paper's by default.
-        journal_dir: Folder for finished blocks. Called again with the same arguments after a crash, with the
-            dense model or the partly pruned one, `prune` goes on with the first unfinished block.
+        journal_dir: Folder for finished blocks; hidden states on disk go beside it. Called again with the same
+            arguments after a crash, with the dense model or the partly pruned one, `prune` resumes with the first
+            unfinished block.
         progress: Show a progress bar.
         batch_size: Windows a calibration forward pass.
         on_block: Called with a block's records when it is done.
@@ -100,83 +97,105 @@ def prune(
         Wen, Zuo, Pan, ICML 2025 (PMLR 267:66575-66596), Algorithm 1; the block-by-block way after Frantar &
         Alistarh, *SparseGPT*, ICML 2023.
     """
-    check_method(method)
+    spec = PruningSpec.parse(sparsity, pattern, method, config)
+    return prune_model(
+        model,
+        windows,
+        spec,
+        journal_dir=journal_dir,
+        progress=progress,
+        batch_size=batch_size,
+        on_block=on_block,
+        device=device,
+        hidden_states=hidden_states,
+        process_group=process_group,
+    )
+
+
+@torch.no_grad()
+def prune_model(
+    model: nn.Module,
+    windows: Tensor,
+    spec: PruningSpec,
+    *,
+    journal_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    batch_size: int = 1,
+    on_block: Callable[[list[LayerRecord]], None] | None = None,
+    device: torch.device | str | None = None,
+    hidden_states: Storage = "auto",
+    process_group: ProcessGroup | None = None,
+) -> PruningReport:
+    """Prune as `prune` does, whose arguments, result and errors these are, by settings that are parsed already."""
     check_storage(hidden_states)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
-    structure, settings = parse_pattern(pattern, sparsity), resolve_config(config)
     blocks, ranks = find_blocks(model), Ranks(process_group)
-    names = [[f"{blocks.path}.{i}.{n}" for n in find_linears(block)] for i, block in enumerate(blocks.modules)]
-    _check_weights(model, blocks, structure, on_disk_allowed=journal_dir is not None)
+    _check_weights(model, blocks, spec.pattern, on_disk_allowed=journal_dir is not None)
     check_windows(windows, model)
-    if len(windows.split(batch_size)) < ranks.size:
+    batches = _share_of_batches(windows, batch_size, ranks)
+    journal = None if journal_dir is None else _open_journal(journal_dir, spec, model, windows, ranks)
+    journal_dir = None if journal_dir is None else Path(journal_dir)
+    loader = BlockLoader(blocks, execution_device(model, device))
+    if hidden_states == "auto":
+        hidden_states = _choose_storage(model, sum(batch.numel() for batch in batches), spec, loader)
+    layers = sum(len(find_linears(block)) for block in blocks.modules)
+    started = time.perf_counter()
+    with (
+        evaluation_mode(model),
+        loader,
+        HiddenStateStore(hidden_states, loader.device, journal_dir.parent if journal_dir else None) as store,
+        tqdm(total=layers, desc="Pruning", unit="layer", disable=not (progress and ranks.is_main)) as bar,
+    ):
+        inputs = _record_inputs(model, batches, loader, store)
+        pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar)
+        pruner.report.capture_seconds = time.perf_counter() - started
+        for records in pruner.run():
+            if on_block is not None:
+                on_block(records)
+    return pruner.report
+
+
+def _share_of_batches(windows: Tensor, batch_size: int, ranks: Ranks) -> list[Tensor]:
+    """This process's batches of windows: whole ones, so that each is what it would be with one process."""
+    batches = windows.split(batch_size)
+    if len(batches) < ranks.size:
         raise ValueError(
             f"{len(windows)} windows in batches of {batch_size} are too few for {ranks.size} processes: take more "
             f"windows, a smaller batch_size or fewer processes"
         )
+    return ranks.shard(batches)
 
-    solver: dict[str, Any] = {"sparsity": structure.sparsity, "pattern": pattern, "method": method, "config": settings}
-    journal = None if journal_dir is None else _open_journal(journal_dir, solver, model, windows, ranks)
-    loader = BlockLoader(blocks, execution_device(model, device))
-    begun = time.perf_counter()
-    with (
-        evaluation_mode(model),
-        loader,
-        tqdm(total=sum(map(len, names)), desc="Pruning", unit="layer", disable=not (progress and ranks.is_main)) as bar,
-    ):
-        source = without_block_weights(model, blocks, loader.device) if loader.copies else model
-        kept = hidden_states
-        if kept == "auto":
-            kept = _choose_storage(model, blocks, windows.numel() // ranks.size, loader)
-        folder = None if journal_dir is None else Path(journal_dir).parent
-        with keeping(kept, loader.device, folder) as keep:
-            # Whole batches, so that each is what it would be with one process.
-            share = torch.cat(ranks.shard(windows.split(batch_size)))
-            inside = find_blocks(source).modules
-            batches = record_inputs(source, inside, share, batch_size, device=loader.device, keep=keep)
-            del source, inside, keep
-            work = BlockPruner(loader, batches, ranks, journal, solver, bar)
-            del batches
-            work.report.capture_seconds += time.perf_counter() - begun
-            for index in range(len(blocks.modules)):
-                block = loader.fetch(index)
-                weights, records = work.prune_next(block, index)
-                _write(block, weights)
-                if loader.copies:
-                    loader.write_back(index, weights, None if journal_dir is None else block_file(journal_dir, index))
-                work.report.layers += records
-                if on_block is not None:
-                    on_block(records)
-                work.before = block
-                # So that no block is kept longer than until the batches have been brought through it.
-                del block, weights
-    return work.report
+
+def _record_inputs(
+    model: nn.Module, batches: list[Tensor], loader: BlockLoader, store: HiddenStateStore
+) -> BlockInputs:
+    # What lies around the blocks comes to the device for this alone, and leaves it when this returns.
+    source = without_block_weights(model, loader.blocks, loader.device) if loader.copies else model
+    return record_inputs(source, find_blocks(source).modules, batches, device=loader.device, store=store)
 
 
 def _open_journal(
-    folder: str | os.PathLike[str], solver: dict[str, Any], model: nn.Module, windows: Tensor, ranks: Ranks
+    folder: str | os.PathLike[str], spec: PruningSpec, model: nn.Module, windows: Tensor, ranks: Ranks
 ) -> Journal | None:
-    """The journal, at the first process."""
-    # By all processes, since shards have to be gathered for it.
+    """The journal, in the first process."""
+    # All processes take part, since shards have to be gathered for the fingerprint.
     fingerprints = fingerprint(model, windows)
     with ranks.errors_shared():
-        journal = Journal(folder, {**_lasting(solver), **fingerprints}) if ranks.is_main else None
+        journal = Journal(folder, {**spec.identity(), **fingerprints}) if ranks.is_main else None
     if journal is not None and journal.moved_to is not None:
         log.warning("The journal in %s was of another pruning; moved to %s", journal.folder, journal.moved_to)
     return journal
 
 
-def _lasting(solver: dict[str, Any]) -> dict[str, Any]:
-    """What decides a pruning's result, for its journal."""
-    # A budget changes nothing but rounding: after running out of memory, a smaller one may go on.
-    return {**solver, "config": asdict(replace(solver["config"], memory_budget=None))}
-
-
-def _choose_storage(model: nn.Module, blocks: DecoderBlocks, tokens: int, loader: BlockLoader) -> Storage:
-    """Where the hidden states go: the budget is what the device has beside a block and what is done with it."""
-    shapes = [weight_of(linear).shape for linear in find_linears(blocks.modules[0]).values()]
-    grams = sum({inputs: 8 * inputs**2 for _, inputs in shapes}.values()) * 2
-    solver = max(4 * (out * inputs * MATRICES + 2 * inputs**2) for out, inputs in shapes)
+def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: BlockLoader) -> Storage:
+    """Where hidden states of so many tokens go: the device keeps room for a block and what is done with it."""
+    shapes = [weight_of(linear).shape for linear in find_linears(loader.blocks.modules[0]).values()]
+    config, item = spec.config, spec.config.dtype.itemsize
+    # Of each distinct input the sum in float64, and what becomes of it.
+    grams = 2 * sum({inputs: 8 * inputs**2 for _, inputs in shapes}.values())
+    solver = max(solver_bytes(s, config.dtype, config.memory_budget) + 2 * item * s[1] ** 2 for s in shapes)
+    # The block at work, the one before it and the one that is read meanwhile.
     working = grams + solver + 3 * loader.block_bytes()
     return choose_storage(tokens * hidden_bytes(model), loader.device, working)
 
@@ -239,15 +258,3 @@ def _count_padded(windows: Tensor, config: Any) -> int:
         return 0
     is_padding = windows == padding
     return int((is_padding[:, :shortest].all(1) | is_padding[:, -shortest:].all(1)).sum())
-
-
-def _write(block: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Write a block's weights, all of them: an interrupt (Ctrl-C) in between is passed on afterwards."""
-    linears = find_linears(block)
-    try:
-        for name, weight in weights.items():
-            write_weight(linears[name], weight)
-    except BaseException:
-        for name, weight in weights.items():
-            write_weight(linears[name], weight)
-        raise

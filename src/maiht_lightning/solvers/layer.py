@@ -1,52 +1,19 @@
 """`prune_layer`: every method behind one function."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import admm, magnitude, maiht, sparsegpt, wanda
-from .config import MAIHTConfig, resolve_config
-from .patterns import DEFAULT_SPARSITY, Pattern, parse_pattern
+from .config import MAIHTConfig
+from .methods import METHODS
+from .patterns import DEFAULT_SPARSITY
 from .precision import float32_products
-from .problem import ScaledGram, relative_error, scale_gram
-from .solution import Solution
-
-
-class Method(NamedTuple):
-    """A pruning method in two parts, so that layers with the same input share the first.
-
-    Args:
-        prepare: What is computed once for a Gram matrix.
-        solve: (weight, gram, prepared, pattern, config) → Solution.
-    """
-
-    prepare: Callable[[ScaledGram, MAIHTConfig], Any]
-    solve: Callable[[Tensor, ScaledGram, Any, Pattern, MAIHTConfig], Solution]
-
-
-def _hard_thresholding(*, accelerated: bool, plain: bool) -> Method:
-    solver = partial(maiht.solve, accelerated=accelerated, plain=plain)
-    return Method(
-        maiht.step_size,
-        lambda weight, gram, step, pattern, config: solver(weight, gram, pattern, config, step_size=step),
-    )
-
-
-METHODS: dict[str, Method] = {
-    "maiht": _hard_thresholding(accelerated=True, plain=True),
-    "aiht": _hard_thresholding(accelerated=True, plain=False),
-    "iht": _hard_thresholding(accelerated=False, plain=True),
-    "wanda": Method(lambda *_: None, lambda weight, gram, _, pattern, __: wanda.solve(weight, gram, pattern)),
-    "magnitude": Method(lambda *_: None, lambda weight, _, __, pattern, ___: magnitude.solve(weight, pattern)),
-    "sparsegpt": Method(sparsegpt.prepare, sparsegpt.solve),
-    "admm": Method(admm.prepare, admm.solve),
-}
+from .problem import relative_error, scale_gram
+from .spec import PruningSpec
 
 
 @dataclass
@@ -71,13 +38,6 @@ class LayerResult:
     objective: list[float]
     accelerated: list[float]
     seconds: float
-
-
-def check_method(method: str) -> str:
-    """Return `method`, or raise `ValueError` listing the known ones."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, but found {method!r}")
-    return method
 
 
 def prune_layer(
@@ -118,44 +78,31 @@ def prune_layer(
         >>> int((result.weight == 0).sum())
         256
     """
-    solver = LayerSolver(gram, sparsity=sparsity, pattern=pattern, method=method, config=config)
-    return solver.prune(weight)
+    return LayerSolver(gram, PruningSpec.parse(sparsity, pattern, method, config)).prune(weight)
 
 
 class LayerSolver:
     """Prunes layers that see the same inputs, such as q, k and v: what only the Gram matrix decides is computed once.
 
     Args:
-        gram: As for `prune_layer`, which prunes one layer; so are the others.
-        sparsity: Fraction of zeros.
-        pattern: Sparsity pattern.
-        method: Pruning method.
-        config: Settings of the solver, or the name of a preset.
+        gram: G = XᵀX (in, in), as for `prune_layer`, which prunes one layer.
+        spec: How the layers are pruned.
 
     Raises:
-        TypeError, ValueError: As `prune_layer`, what concerns the Gram matrix and the settings.
+        TypeError, ValueError: As `prune_layer`, what concerns the Gram matrix.
         FloatingPointError: The method cannot factorise the Gram matrix.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        gram: Tensor,
-        *,
-        sparsity: float = DEFAULT_SPARSITY,
-        pattern: str = "unstructured",
-        method: str = "maiht",
-        config: MAIHTConfig | str | None = None,
-    ) -> None:
-        self.settings, self.method = resolve_config(config), check_method(method)
-        self.pattern = parse_pattern(pattern, sparsity)
+    def __init__(self, gram: Tensor, spec: PruningSpec) -> None:
+        self.spec = spec
         _check_finite("gram", gram)
         if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.numel() == 0:
             raise ValueError(f"gram must have shape (in, in), at least (1, 1), but found {tuple(gram.shape)}")
         self._seconds = -time.perf_counter()
         with self._products(gram):
-            self.gram = scale_gram(gram, self.settings.dtype)
-            self.prepared = METHODS[method].prepare(self.gram, self.settings)
+            self.gram = scale_gram(gram, spec.config.dtype)
+            self.prepared = METHODS[spec.method].prepare(self.gram, spec.config)
         self._seconds += time.perf_counter()
 
     @torch.no_grad()
@@ -167,12 +114,13 @@ class LayerSolver:
         start = time.perf_counter()
         self._check(weight)
         with self._products(weight):
-            solution = METHODS[self.method].solve(weight, self.gram, self.prepared, self.pattern, self.settings)
+            method, pattern, config = METHODS[self.spec.method], self.spec.pattern, self.spec.config
+            solution = method.solve(weight, self.gram, self.prepared, pattern, config)
             pruned = solution.weight.to(weight.dtype)
             if not all(extreme.isfinite() for extreme in pruned.aminmax()):
                 raise FloatingPointError(
-                    f"{self.method} left weights that are not finite in {weight.dtype}; solve in precision 'float64' "
-                    f"or look at the layer's inputs"
+                    f"{self.spec.method} left weights that are not finite in {weight.dtype}; solve in precision "
+                    f"'float64' or look at the layer's inputs"
                 )
             with float32_products(tf32=False):
                 error = relative_error(weight, pruned, self.gram)
@@ -184,7 +132,7 @@ class LayerSolver:
         # Autocast would run the products in half precision.
         with (
             torch.autocast(tensor.device.type, enabled=False),
-            float32_products(tf32=self.settings.precision == "tf32"),
+            float32_products(tf32=self.spec.config.precision == "tf32"),
         ):
             yield
 
@@ -201,7 +149,7 @@ class LayerSolver:
                 f"gram must have shape (in, in) = ({inputs}, {inputs}) for a weight of shape {tuple(weight.shape)}, "
                 f"but found ({len(norms)}, {len(norms)})"
             )
-        self.pattern.check_shape(weight.shape)
+        self.spec.pattern.check_shape(weight.shape)
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

@@ -3,8 +3,13 @@
 import torch
 from torch import Tensor
 
-# Matrices of a slice's size that an iterative solver holds at once, temporaries included.
+# Matrices of a slice's size (rows, in) that an iterative solver holds at once, temporaries included.
 MATRICES = 11
+
+
+def solver_bytes(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, memory_budget: int | None = None) -> int:
+    """Bytes that the solver takes for a layer (out, in) beside its Gram matrix, within the budget if there is one."""
+    return MATRICES * dtype.itemsize * rows_within(memory_budget, shape, dtype) * shape[1]
 
 
 def rows_within(memory_budget: int | None, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> int:

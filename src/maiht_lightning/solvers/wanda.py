@@ -6,12 +6,13 @@ Background: Sun, Liu, Bair, Kolter, *A Simple and Effective Pruning Approach for
 
 from torch import Tensor
 
+from .config import MAIHTConfig
 from .patterns import Pattern
 from .problem import ScaledGram
 from .solution import Solution
 
 
-def solve(weight: Tensor, gram: ScaledGram, pattern: Pattern) -> Solution:
+def solve(weight: Tensor, gram: ScaledGram, prepared: None, pattern: Pattern, config: MAIHTConfig) -> Solution:
     """Prune W0 (out, in) by Wanda's score; kept weights stay as they are."""
     size = weight.abs().to(gram.norms.dtype)
     mask = pattern.mask(size * gram.norms, size)

@@ -1,0 +1,64 @@
+"""`PruningSpec`: how layers are pruned, as one value."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .config import MAIHTConfig, resolve_config
+from .methods import check_method
+from .patterns import DEFAULT_SPARSITY, Pattern, parse_pattern
+
+
+@dataclass(frozen=True)
+class PruningSpec:
+    """How layers are pruned. It is parsed where a user comes in, and carried whole from there on.
+
+    Args:
+        method: A name in `METHODS`.
+        pattern: Which entries compete, and the fraction of zeros.
+        config: Settings of the solver.
+    """
+
+    method: str
+    pattern: Pattern
+    config: MAIHTConfig
+
+    @classmethod
+    def parse(
+        cls,
+        sparsity: float = DEFAULT_SPARSITY,
+        pattern: str = "unstructured",
+        method: str = "maiht",
+        config: MAIHTConfig | str | None = None,
+    ) -> "PruningSpec":
+        """Read and check settings as users write them; see `prune_layer`.
+
+        Raises:
+            ValueError, TypeError: A setting is out of range or unknown; the message names it.
+        """
+        return cls(check_method(method), parse_pattern(pattern, sparsity), resolve_config(config))
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.pattern.sparsity
+
+    def at(self, sparsity: float) -> "PruningSpec":
+        """The same with another fraction of zeros; an N:M pattern allows its own alone, or raises `ValueError`."""
+        return replace(self, pattern=parse_pattern(self.pattern.name, sparsity))
+
+    def keeping_zeros(self) -> "PruningSpec":
+        """The same, with weights that are zero already staying zero."""
+        return replace(self, config=replace(self.config, keep_zeros=True))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, ready for JSON: two prunings of one model with equal identities are the same.
+
+        A memory budget is left out, since it changes nothing but rounding: a run that ran out of memory may resume
+        with a smaller one.
+        """
+        return {
+            "method": self.method,
+            "pattern": self.pattern.name,
+            "sparsity": self.sparsity,
+            "config": asdict(replace(self.config, memory_budget=None)),
+        }
