@@ -5,8 +5,20 @@ Guarantee*, ICML 2025 (PMLR 267:66575-66596): Nesterov extrapolation with a moni
 accelerated proximal gradient (NeurIPS 2015), started at the dense weight with a penalty λ that grows until the
 sparsity is reached, then gradient steps on the support.
 
+The names of Algorithm 1, and what they are here:
+
+    B         `target` (out, in)         the scaled dense weight W0 · diag(d), where the iteration starts
+    A         `correlation` + μI (in, in) the Gram matrix XᵀX scaled to a unit diagonal, with the ridge
+    S         `current()` (out, in)      the point that an iteration has accepted
+    Z, V      `candidates`               the accelerated and the plain candidate for the next S
+    Y         only as u(Y), `u_y`        the extrapolated point from which Z is made
+    u(S)      `stepped` (out, in)        the gradient step S − α∇f(S), with ∇f(S) = (S − B) A
+    α         `step_size`                below 1 / λmax(A)
+    λ         `penalty`                  of ‖S‖₀; (1, 1), or (out, 1) where each row is a problem of its own
+    t, t_prev `t`, `t_previous`          Nesterov's sequence
+
 What differs: the paper's form needs four products with A an iteration (two gradients, two losses). Here it
-needs two. Gradient steps u(S) = S − α∇f(S) are affine in S, so u of the extrapolated point is the same linear
+needs two. Gradient steps u(S) are affine in S, so u of the extrapolated point is the same linear
 combination of the u's at hand, and f(S) = ½⟨S − B, ∇f(S)⟩ comes with the gradient.
 
 The support differs a little from that of the authors' program. Where λ ends up so large that fewer weights are left
@@ -16,7 +28,7 @@ more in a layer than numel − floor(s · numel).
 """
 
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +37,14 @@ from .config import MAIHTConfig
 from .patterns import Pattern, count, hard_threshold_, keep_of_groups_, kth_largest
 from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weight
 from .slices import Slices, rows_within
-from .solution import Solution
+from .solution import Solution, padded
 
 # Iterations between two looks at whether the course has settled, where that is asked for.
 CHECK_EVERY = 5
 
 
 class Candidate:
-    """A point tried in an iteration, with what one product with A tells about it.
+    """A point tried in an iteration, Z or V of Algorithm 1, with what one product with A tells about it.
 
     Attributes:
         value: S (out, in).
@@ -44,6 +56,20 @@ class Candidate:
     def __init__(self, start: Tensor) -> None:
         self.value, self.stepped = start.clone(), start.clone()
         self.loss = self.nonzeros = torch.empty(0)
+
+
+class Point(NamedTuple):
+    """The rows of a candidate that are computed at a time.
+
+    Args:
+        candidate: Z or V.
+        value: Its rows of S (rows, in).
+        stepped: Its rows of u(S) (rows, in): those of the last iteration until it is measured, then its own.
+    """
+
+    candidate: Candidate
+    value: Tensor
+    stepped: Tensor
 
 
 class HardThresholding:
@@ -91,7 +117,7 @@ class HardThresholding:
         self.t, self.t_previous = 1.0, 0.0
 
     def _per_problem(self, rows: Tensor) -> Tensor:
-        """Sum numbers a row (out,) to one a problem, float64: (out, 1) where rows are independent, else (1, 1)."""
+        """Sum (out,), one number per row, to one per problem: (out, 1) for independent rows, else (1, 1); float64."""
         rows = rows.double()
         return rows[:, None] if self.pattern.by_row and not self.pattern.group else rows.sum().view(1, 1)
 
@@ -122,28 +148,29 @@ class HardThresholding:
 
         For a fixed λ and with the plain candidate, F_λ(S) = f(S) + λ‖S‖₀ does not increase.
         """
-        # Y = S + a (Z − S) + b (S − S_previous), written in gradient steps and as two interpolations:
-        # (1 − a) ((1 − c) S_previous + c S) + a Z with c = 1 + b / (1 − a).
+        # The extrapolated point is Y = S + a (Z − S) + b (S − S_prev). u is affine, so u(Y) is the same combination of
+        # u(S), u(Z) and u(S_prev): in two interpolations (1 − a) ((1 − c) S_prev + c S) + a Z, c = 1 + b / (1 − a).
         a, b = self.t_previous / self.t, (self.t_previous - 1) / self.t
         c = 1 + b / (1 - a)
         first, last = self.candidates[0], self.candidates[-1]
         for candidate in self.candidates:
             candidate.loss, candidate.nonzeros = torch.zeros_like(penalty), torch.zeros_like(penalty)
         for part in self.slices.parts:
-            target, stepped = self.slices.borrow(self.target, part), self.slices.borrow(self.stepped, part)
+            target = self.slices.borrow(self.target, part)  # B (rows, in)
+            stepped = self.slices.borrow(self.stepped, part)  # u(S_prev) (rows, in), until it is u(S)
             points = [
-                (point, self.slices.borrow(point.value, part, read=False), self.slices.borrow(point.stepped, part))
+                Point(point, self.slices.borrow(point.value, part, read=False), self.slices.borrow(point.stepped, part))
                 for point in self.candidates
             ]
-            ahead = self.gradient[: len(stepped)]
+            u_y = self.gradient[: len(stepped)]  # u(Y) (rows, in)
             if self.accelerated:
-                torch.mul(stepped, 1 - c, out=ahead)
-            # From here on that of S, which the last iteration has chosen.
-            torch.where(self.took_accelerated, points[0][2], points[-1][2], out=stepped)
+                torch.mul(stepped, 1 - c, out=u_y)
+            # The last iteration has chosen S among its candidates: `stepped` becomes u(S).
+            torch.where(self.took_accelerated, points[0].stepped, points[-1].stepped, out=stepped)
             if self.accelerated:
-                ahead.add_(stepped, alpha=c).lerp_(points[0][2], a)
+                u_y.add_(stepped, alpha=c).lerp_(points[0].stepped, a)
             for candidate, value, after in points:
-                start = ahead if self.accelerated and candidate is first else stepped
+                start = u_y if self.accelerated and candidate is first else stepped
                 candidate.nonzeros += self.threshold(value, start, penalty)
                 candidate.loss += self.measure(value, after, target)
                 self.slices.give_back(candidate.value, part, value)
@@ -192,9 +219,8 @@ class HardThresholding:
             self.slices.give_back(value, part, rows)
             courses.append(losses)
         # Slices may have settled at different times.
-        longest = max(map(len, courses))
-        padded = [losses + losses[-1:] * (longest - len(losses)) for losses in courses]
-        return [torch.stack(losses).sum() for losses in zip(*padded, strict=True)]
+        courses = [padded(losses, max(map(len, courses))) for losses in courses]
+        return [torch.stack(losses).sum() for losses in zip(*courses, strict=True)]
 
 
 def _has_converged(losses: list[Tensor], tolerance: float) -> bool:
@@ -251,17 +277,7 @@ def solve(
         return _solve(weight, gram, pattern, config, rows=rows, **options)
     # Rows that are problems of their own are solved slice after slice, which may stop early at different times.
     parts = [_solve(part, gram, pattern, config, rows=len(part), **options) for part in weight.split(rows)]
-    longest, choices = max(len(p.objective) for p in parts), max(len(p.accelerated) for p in parts)
-    shares = [len(part) / len(weight) for part in weight.split(rows)]
-    return Solution(
-        torch.cat([p.weight for p in parts]),
-        torch.cat([p.mask for p in parts]),
-        objective=[sum(p.objective[min(i, len(p.objective) - 1)] for p in parts) for i in range(longest)],
-        accelerated=[
-            sum(share * p.accelerated[min(i, len(p.accelerated) - 1)] for share, p in zip(shares, parts, strict=True))
-            for i in range(choices)
-        ],
-    )
+    return Solution.concatenate(parts)
 
 
 def _solve(
