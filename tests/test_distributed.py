@@ -39,7 +39,7 @@ HEAD = """
     import torch
     import torch.distributed as dist
     from transformers import LlamaConfig, LlamaForCausalLM
-    from maiht_lightning.pruner import prune
+    from maiht_lightning.pruning.pruner import prune
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -166,7 +166,7 @@ TRAIN = """
     from own_module import NoTokenizer, OwnModule, Windows, trainer as make_trainer
     from maiht_lightning import MAIHTPruning, SparseFinetune, sparse_finetune
     from maiht_lightning.callbacks import pruning as callback
-    from maiht_lightning.evaluation.settings import Evaluation, LoadedEvaluation
+    from maiht_lightning.evaluation.evaluation import Evaluation, LoadedEvaluation
 
     callback.find_tokenizer = lambda *_: NoTokenizer()
     Evaluation.load = lambda self, *_: LoadedEvaluation(self, {"random": windows}, {})
@@ -224,7 +224,7 @@ SHARDED = (
         def configure_model(self):
             if not alone and not hasattr(self, "is_sharded"):
                 self.is_sharded = True
-                from maiht_lightning.module import _shard
+                from maiht_lightning.training.module import _shard
                 _shard(self.net["lm"], self.device_mesh)
 """,
     )

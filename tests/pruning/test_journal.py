@@ -358,7 +358,7 @@ import sys, time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from safetensors.torch import save_file
-from maiht_lightning.pruner import prune
+from maiht_lightning.pruning.pruner import prune
 
 folder, result, wait = sys.argv[1:]
 torch.set_num_threads(1)

@@ -216,8 +216,8 @@ def test_matplotlib_is_imported_only_to_draw_and_pyplot_never(tmp_path):
     script = f"""
 import sys
 from pathlib import Path
-from maiht_lightning.reporting.figures import draw_figures
-from maiht_lightning.reporting.run_folder import Summary
+from maiht_lightning.reporting.run.figures import draw_figures
+from maiht_lightning.reporting.summary import Summary
 assert "matplotlib" not in sys.modules
 stages = {{"dense": {{"perplexity": {{"a": 2.0}}}}}}
 draw_figures(Path({str(tmp_path)!r}), Summary("maiht", 0.5, "row", 0.5, stages), [])

@@ -311,7 +311,7 @@ DISTRIBUTED = """
     from lightning.pytorch import LightningModule, Trainer, seed_everything
     from torch.utils.data import DataLoader
     from maiht_lightning import FrozenSparsity
-    from maiht_lightning.loading import load_model
+    from maiht_lightning.models.loading import load_model
 
     class Module(LightningModule):
         def __init__(self):
