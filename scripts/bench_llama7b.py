@@ -10,7 +10,6 @@ format, and peak memory. Beside it stands what `maiht estimate` predicts for thi
 
 import argparse
 import json
-import resource
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from maiht_lightning.estimate.devices import GIB, SHEETS, find_device
 from maiht_lightning.estimate.plan import Estimate, Job, estimate
 from maiht_lightning.estimate.shape import ModelShape
 from maiht_lightning.pruning.pruner import prune
+from maiht_lightning.reporting.environment import peak_memory_bytes
 from maiht_lightning.solvers import MAIHTConfig
 
 # hidden, inner, blocks, heads, key and value heads, vocabulary
@@ -57,12 +57,6 @@ def make_model(name: str, blocks: int | None, dtype: torch.dtype, device: torch.
     with torch.device(device):
         model.model.rotary_emb = rotary(config)
     return model.eval()
-
-
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def rate_of(phase: str, job: Job, device: Any) -> float:
@@ -145,7 +139,7 @@ def main() -> None:
         "job": asdict(job),
         "seconds": seconds,
         "seconds_to_make_the_model": seconds_to_make,
-        "peak_bytes": peak_bytes(device),
+        "peak_bytes": peak_memory_bytes(),
         "predicted_peak_bytes": {name: found.peak.device_bytes for name, found in predicted.items()},
         "sparsity": report.sparsity,
         "phases": phases,

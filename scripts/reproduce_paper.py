@@ -1,8 +1,8 @@
 """The paper's experiment: methods × sparsities on one model, each calibrated the same way, ending in a report.
 
 Perplexity on WikiText-2 and the seven zero-shot tasks, dense and pruned, nothing fine-tuned. Every pruning is a run in
-a folder of its own, `OUTPUT_DIR/SETTING-METHOD-SEED`. Started again with the same `--output_dir`, the script goes on
-where it was: finished runs are not repeated, and an unfinished one goes on in its journal. At the end all figures stand
+a folder of its own, `OUTPUT_DIR/SETTING-METHOD-SEED`. Started again with the same `--output_dir`, the script resumes
+where it was: finished runs are not repeated, and an unfinished one resumes from its journal. At the end all figures stand
 in `OUTPUT_DIR/results.json`, of which `scripts/render_docs.py` makes the tables in the documentation.
 
     python scripts/reproduce_paper.py                             # LLaMA-7B, one 80 GB GPU
@@ -12,7 +12,6 @@ in `OUTPUT_DIR/results.json`, of which `scripts/render_docs.py` makes the tables
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +26,12 @@ from maiht_lightning import C4Calibration, prune
 from maiht_lightning.evaluation.evaluation import Evaluation, LoadedEvaluation
 from maiht_lightning.evaluation.zero_shot import PAPER_TASKS
 from maiht_lightning.models.loading import load_model, load_tokenizer
+from maiht_lightning.records import StageResult, Stages
 from maiht_lightning.reporting.comparison.rows import comparison, write_comparison
 from maiht_lightning.reporting.comparison.runs import Run, read_run
 from maiht_lightning.reporting.environment import environment
-from maiht_lightning.reporting.run.report import write_report
-from maiht_lightning.reporting.summary import Summary, write_layers
+from maiht_lightning.reporting.recorder import RunRecorder
+from maiht_lightning.reporting.summary import Summary
 from maiht_lightning.solvers import check_method, parse_pattern
 
 
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="documents of each task (default: the preset's; 0 for all)")
     parser.add_argument("--max-windows", type=int, help="windows of WikiText-2 (default: the preset's; 0 for all)")
     parser.add_argument("--samples", type=int, help="calibration windows (default: the preset's)")
-    parser.add_argument("--seqlen", type=int, help="tokens a window of both texts (default: the preset's)")
+    parser.add_argument("--seqlen", type=int, help="tokens per window of both texts (default: the preset's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=Path, help="default: runs/paper-PRESET")
     args = parser.parse_args()
@@ -140,13 +140,13 @@ def main() -> None:
         if not (folder / "dense.json").exists():
             console.rule("dense")
             dense = measurement.measure(model, tokenizer, stage="dense")
-            (folder / "dense.json").write_text(json.dumps(dense, indent=2) + "\n")
-        dense = json.loads((folder / "dense.json").read_text())
+            (folder / "dense.json").write_text(json.dumps(dense.to_json(), indent=2) + "\n")
+        dense = StageResult.from_json(json.loads((folder / "dense.json").read_text()))
         for number in missing:
             setting, method, seed = runs[number]
             console.rule(f"{number + 1} of {len(runs)}: {method}, {setting}, seed {seed}")
             pattern, sparsity = pattern_of(setting, method, args.wanda_pattern)
-            summary = Summary(method, sparsity, pattern, stages={"dense": dense})
+            summary = Summary(method, sparsity, pattern, stages=Stages(dense=dense))
             model.load_state_dict(weights)
             settings = {**common, "seed": seed}
             one_run(folders[number], model, tokenizer, windows[seed], measurement, summary, settings, preset.batch_size)
@@ -154,9 +154,10 @@ def main() -> None:
     finished = [read_run(run) for run in folders]
     results = {**described(folder), "runs": [figures(*which, run) for which, run in zip(runs, finished, strict=True)]}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"Report: {write_comparison(folder / 'report', finished)}")
+    table = comparison(finished)
+    console.print(f"Report: {write_comparison(folder / 'report', table)}")
     console.print(f"Figures: {folder / 'results.json'}")
-    print(comparison(finished).markdown())
+    print(table.markdown())
 
 
 def note_environment(folder: Path) -> None:
@@ -190,7 +191,7 @@ def figures(setting: str, method: str, seed: int, run: Run) -> dict[str, Any]:
         "sparsity": run.summary.sparsity,
         "measured_sparsity": run.summary.measured_sparsity,
         "mean_relative_error": run.mean_relative_error,
-        **run.summary.stages["pruned"],
+        **run.summary.stages["pruned"].to_json(),
     }
 
 
@@ -208,15 +209,14 @@ def one_run(
     folder.mkdir(parents=True, exist_ok=True)
     pruning: dict[str, Any] = {"method": summary.method, "pattern": summary.pattern, "sparsity": summary.sparsity}
     (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "pruning": pruning}))
+    recorder = RunRecorder(folder, summary, {**settings, **pruning})
     report = prune(model, windows, **pruning, batch_size=batch_size, journal_dir=folder / "journal")
-    summary.measured_sparsity = report.sparsity
-    summary.seconds = {"capture": report.capture_seconds, "solve": sum(r.seconds for r in report.layers)}
-    write_layers(folder, report.layers)
-    start = time.perf_counter()
-    summary.stages["pruned"] = measurement.measure(model, tokenizer, stage="pruned")
-    summary.seconds["evaluate"] = time.perf_counter() - start
-    summary.write(folder)
-    write_report(folder, summary, report.layers, {**settings, **pruning})
+    recorder.pruned(report)
+    with recorder.timed("evaluate"):
+        found = measurement.measure(model, tokenizer, stage="pruned")
+    # With this the run counts as finished: all that a comparison needs is on disk.
+    recorder.stage("pruned", found)
+    recorder.finish_pruning(report.layers)
     # The blocks' weights have done their duty, and 25 copies of a model would fill the disk.
     for file in (folder / "journal").glob("*.safetensors"):
         file.unlink()

@@ -186,8 +186,9 @@ TRAIN = """
     module = Module(model)
     trainer.fit(module)
     sparse_finetune(trainer, module, SparseFinetune(max_epochs=1))
+    stages = {name: stage.to_json() for name, stage in pruning.summary.stages.items()}
     torch.save(
-        {"weights": model.state_dict(), "stages": pruning.summary.stages, "folder": str(pruning.output_dir)},
+        {"weights": model.state_dict(), "stages": stages, "folder": str(pruning.output_dir)},
         f"of_{world}_{rank}.pt",
     )
 """

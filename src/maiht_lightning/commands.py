@@ -16,6 +16,7 @@ from .evaluation.evaluation import Evaluation
 from .models.compact import check_vacant, save_compact
 from .models.loading import load_model, load_tokenizer
 from .models.sparsity import count_zeros, measured_sparsity
+from .records import Stages
 from .reporting.comparison.rows import comparison, write_comparison
 from .reporting.comparison.runs import read_run
 from .reporting.run.console import stage_table
@@ -45,11 +46,12 @@ def evaluate(args: list[str]) -> None:
     # Before the model moves and anything is computed: what is missing shows here.
     measurement = evaluation.load(model, tokenizer)
     counted = _sparsity(model)
-    found = {**measurement.measure(model.to(settings.device), tokenizer), **counted}
+    found = measurement.measure(model.to(settings.device), tokenizer)
     if settings.output is not None:
-        Path(settings.output).write_text(json.dumps({"model": settings.model, **found}, indent=2) + "\n")
+        content = {"model": settings.model, **found.to_json(), **counted}
+        Path(settings.output).write_text(json.dumps(content, indent=2) + "\n")
     zeros = f"{counted['sparsity']:.4%} zeros in its linear layers" if counted else "zeros not counted"
-    Console().print(stage_table({"measured": found}, f"{settings.model}: {zeros}"))
+    Console().print(stage_table(Stages(measured=found), f"{settings.model}: {zeros}"))
 
 
 def report(args: list[str]) -> None:
@@ -64,13 +66,14 @@ def report(args: list[str]) -> None:
     parser.add_argument("--project", type=str, default="maiht-lightning", help="W&B project.")
     settings = parser.parse_args(args)
     runs = [read_run(folder) for folder in settings.runs]
-    page = write_comparison(settings.output_dir or fresh_run_folder("reports"), runs)
-    print(comparison(runs).markdown())
+    table = comparison(runs)
+    page = write_comparison(settings.output_dir or fresh_run_folder("reports"), table)
+    print(table.markdown())
     print(f"Written: {page}")
     if settings.wandb:
         from .reporting.comparison.wandb_report import publish
 
-        print(f"Published: {publish(runs, settings.entity, settings.project)}")
+        print(f"Published: {publish(runs, table, settings.entity, settings.project)}")
 
 
 def export(args: list[str]) -> None:

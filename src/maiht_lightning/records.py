@@ -1,6 +1,9 @@
-"""What is known of a pruning when it is done: plain data that anyone may read."""
+"""What is known of a pruning and of its measurements: plain data that anyone may read."""
 
 from dataclasses import dataclass, field
+from typing import Any
+
+STAGE_ORDER = ("dense", "pruned", "finetuned")
 
 
 @dataclass
@@ -16,6 +19,7 @@ class LayerRecord:
         objective: The solver's objective, iteration by iteration; empty where it does not iterate.
         accelerated: The monitor's choices; see `LayerResult`.
         seconds: Wall-clock time of the solver.
+        name_in_block: Dotted path in its block. None in records of older journals, which know `name` alone.
     """
 
     name: str
@@ -26,6 +30,14 @@ class LayerRecord:
     objective: list[float] = field(default_factory=list)
     accelerated: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    name_in_block: str | None = None
+
+    @property
+    def layer(self) -> str:
+        """Path in its block, such as `mlp.down_proj`: which kind of layer it is."""
+        if self.name_in_block is not None:
+            return self.name_in_block
+        return self.name.split(f".{self.block}.", 1)[-1]
 
     @property
     def sparsity(self) -> float:
@@ -38,7 +50,7 @@ class PruningReport:
     """What `prune` did.
 
     Args:
-        layers: One record a linear layer, in the order of the blocks.
+        layers: One record per linear layer, in the order of the blocks.
         capture_seconds: Wall-clock time of the forward passes and Gram matrices.
         solve_seconds: Wall-clock time of the solver.
         resumed: Blocks that came finished from the journal; their work is in none of the two times.
@@ -58,3 +70,77 @@ class PruningReport:
     def sparsity(self) -> float:
         """Fraction of zeros over all pruned layers, counted."""
         return sum(r.zeros for r in self.layers) / sum(r.shape[0] * r.shape[1] for r in self.layers)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What was measured of one state of a model.
+
+    Args:
+        perplexity: Perplexity by text.
+        tasks: Metrics by zero-shot task, such as `{"boolq": {"acc": 0.6, "acc_stderr": 0.02}}`.
+    """
+
+    perplexity: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def mean_accuracy(self) -> float | None:
+        """Unweighted mean of the tasks' plain `acc`, as a fraction; None where no task has it.
+
+        The tables of Wanda (https://arxiv.org/abs/2306.11695) and of the mAIHT paper print this mean: each task counts
+        the same, whatever its number of questions, and `acc_norm` is not used.
+        """
+        accuracies = [metrics["acc"] for metrics in self.tasks.values() if "acc" in metrics]
+        return sum(accuracies) / len(accuracies) if accuracies else None
+
+    def score(self, task: str, metric: str) -> tuple[float | None, float | None]:
+        """A task's metric and its standard error; None for what was not measured."""
+        metrics = self.tasks.get(task, {})
+        return metrics.get(metric), metrics.get(f"{metric}_stderr")
+
+    def to_json(self) -> dict[str, Any]:
+        """The form in `summary.json`: tasks and their mean are absent where there are none."""
+        found: dict[str, Any] = {"perplexity": self.perplexity}
+        if self.tasks:
+            found["tasks"] = self.tasks
+        if self.mean_accuracy is not None:
+            found["mean_accuracy"] = self.mean_accuracy
+        return found
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "StageResult":
+        """Read what `to_json` or an older version has written. Other keys are left out; absent parts are empty."""
+        return cls(**{name: dict(found[name]) for name in ("perplexity", "tasks") if name in found})
+
+
+class Stages(dict[str, StageResult]):
+    """What was measured at each stage of a run: `dense`, `pruned`, `finetuned`. Stages that were not run are absent."""
+
+    def in_order(self) -> "Stages":
+        """The stages in the order in which they happen; unknown ones come last, in the order given."""
+        known = [name for name in STAGE_ORDER if name in self]
+        return Stages({name: self[name] for name in [*known, *(name for name in self if name not in known)]})
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of which some stage has a perplexity."""
+        return list(dict.fromkeys(text for stage in self.values() for text in stage.perplexity))
+
+    @property
+    def tasks(self) -> list[str]:
+        """The zero-shot tasks that some stage has done."""
+        return list(dict.fromkeys(task for stage in self.values() for task in stage.tasks))
+
+    @property
+    def metrics(self) -> list[tuple[str, str]]:
+        """Each task with each of its metrics, without the standard errors."""
+        return list(
+            dict.fromkeys(
+                (task, metric)
+                for stage in self.values()
+                for task, metrics in stage.tasks.items()
+                for metric in metrics
+                if not metric.endswith("_stderr")
+            )
+        )

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from maiht_lightning.evaluation import zero_shot as module
-from maiht_lightning.evaluation.zero_shot import PAPER_TASKS, load_tasks, mean_accuracy, zero_shot
+from maiht_lightning.evaluation.zero_shot import PAPER_TASKS, load_tasks, zero_shot
+from maiht_lightning.records import StageResult
 
 pytest.importorskip("lm_eval")
 
@@ -275,9 +276,9 @@ def test_mean_accuracy_is_the_plain_mean_of_acc():
         "hellaswag": {"acc": 0.25, "acc_norm": 0.75},
         "wikitext": {"word_perplexity": 12.0},
     }
-    assert mean_accuracy(results) == 0.375
-    assert mean_accuracy({"wikitext": {"word_perplexity": 12.0}}) is None
-    assert mean_accuracy({}) is None
+    assert StageResult({}, results).mean_accuracy == 0.375
+    assert StageResult({}, {"wikitext": {"word_perplexity": 12.0}}).mean_accuracy is None
+    assert StageResult().mean_accuracy is None
 
 
 def test_a_missing_file_is_named(data_dir, tmp_path, monkeypatch, no_hub):

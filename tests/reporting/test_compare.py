@@ -11,7 +11,7 @@ import yaml
 
 from helpers.html_page import Page
 from maiht_lightning.reporting.comparison import figure as comparison_figure
-from maiht_lightning.reporting.comparison.rows import comparison, draw_comparison, write_comparison
+from maiht_lightning.reporting.comparison.rows import comparison, write_comparison
 from maiht_lightning.reporting.comparison.runs import read_run
 from maiht_lightning.reporting.comparison.wandb_report import publish, report_blocks
 
@@ -166,7 +166,7 @@ def test_other_models_and_measurements_are_never_compared(make):
 
 
 def test_finetuned_stage_and_absent_measurements(make):
-    stages = {"pruned": {}, "finetuned": {"perplexity": {"/a/b.txt": 12.5}, "mean_accuracy": 0.5}}
+    stages = {"pruned": {}, "finetuned": {"perplexity": {"/a/b.txt": 12.5}, "tasks": {"boolq": {"acc": 0.5}}}}
     runs = [make("a", "maiht", 50.0), make("b", "wanda", 0, stages=stages)]
     rows = {row["method"]: row for row in table(runs)}
     assert rows["wanda"]["perplexity//a/b.txt/finetuned"] == "12.5"
@@ -187,9 +187,12 @@ def test_runs_of_somebodys_own_script_have_no_configuration(make):
     (run.folder / "journal").mkdir()
     (run.folder / "journal" / "settings.json").write_text(json.dumps({"config": {"mu": 0.5}}))
     run = read_run(run.folder)
-    assert run.settings == {"command": "prune", "config.yaml": "absent", "pruning.config.mu": "0.5"}
+    assert run.settings == {"pruning.config.mu": "0.5"}
+    assert (run.trained_before, run.config_known) == (False, False)
+    assert run.distinctions == {"command": "prune", "config.yaml": "absent", **run.settings}
     (run.folder / "journal" / "settings.json").unlink()
-    assert read_run(run.folder).settings == {"command": "prune", "config.yaml": "absent"}
+    assert read_run(run.folder).settings == {}
+    assert read_run(run.folder).distinctions == {"command": "prune", "config.yaml": "absent"}
 
 
 def test_what_is_no_finished_run_is_refused(make, tmp_path):
@@ -222,7 +225,7 @@ def test_what_is_no_finished_run_is_refused(make, tmp_path):
 def test_the_page_holds_the_table_and_needs_nothing_from_outside(make, tmp_path):
     runs = [make("<i>", "maiht", 50.0), make("b", "wanda", 80.0, acc=0.45), make("c", "wanda", 82.0, acc=0.45, seed=1)]
     folder = tmp_path / "new" / "comparison"
-    path = write_comparison(folder, runs)
+    path = write_comparison(folder, comparison(runs))
     assert path == folder / "report.html"
     assert sorted(file.name for file in folder.iterdir()) == [
         "perplexity.png",
@@ -252,7 +255,7 @@ def test_the_figure_draws_lines_marks_and_the_dense_model(make, tmp_path, monkey
     ]
     drawn = []
     monkeypatch.setattr(comparison_figure, "save_png", lambda figure, path: drawn.append(figure) or path)
-    assert draw_comparison(tmp_path / "x.png", runs) == tmp_path / "x.png"
+    assert comparison_figure.draw_rows(tmp_path / "x.png", comparison(runs).rows) == tmp_path / "x.png"
     (axes,) = drawn[0].axes
     assert axes.get_yscale() == "log"
     points = {container.get_label(): container for container in axes.containers}
@@ -269,15 +272,15 @@ def test_the_figure_draws_lines_marks_and_the_dense_model(make, tmp_path, monkey
 
 def test_without_perplexities_there_is_no_figure(make, tmp_path):
     run = make("a", "maiht", 0, stages={"pruned": {"tasks": {"boolq": {"acc": 0.5}}}})
-    assert draw_comparison(tmp_path / "x.png", [run]) is None
-    assert Page(write_comparison(tmp_path / "out", [run]).read_text()).links == []
+    assert comparison_figure.draw_rows(tmp_path / "x.png", comparison([run]).rows) is None
+    assert Page(write_comparison(tmp_path / "out", comparison([run])).read_text()).links == []
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.csv", "report.html", "report.md"]
 
 
 def test_wandb_report_blocks(make):
     reports = pytest.importorskip("wandb_workspaces.reports.v2")
     runs = [make("a", "maiht", 50.0), make("b", "wanda", 80.0)]
-    first, text, _, grid = report_blocks(runs)
+    first, text, _, grid = report_blocks(runs, comparison(runs))
     assert isinstance(first, reports.H1)
     assert text.text == comparison(runs).markdown()
     scatter, errors, _ = grid.panels
@@ -287,7 +290,7 @@ def test_wandb_report_blocks(make):
     assert grid.runsets[0].filters == ""
     for run, name in zip(runs, ("abc123", "xyz789"), strict=True):
         (run.folder / "wandb" / f"offline-run-20250101_120000-{name}").mkdir(parents=True)
-    _, _, _, grid = report_blocks(runs)
+    _, _, _, grid = report_blocks(runs, comparison(runs))
     assert grid.runsets[0].filters == "Metric('ID') in ['abc123', 'xyz789']"
     # What would be sent can be built: the names of metrics and the filter are understood.
     assert "abc123" in json.dumps(grid._to_model().model_dump(mode="json"))
@@ -295,8 +298,9 @@ def test_wandb_report_blocks(make):
 
 def test_wandb_report_without_its_package_says_what_to_install(make, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.reports.v2", None)
+    runs = [make("a", "maiht", 50.0)]
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'maiht-lightning\[wandb\]'"):
-        publish([make("a", "maiht", 50.0)], "me", "project")
+        publish(runs, comparison(runs), "me", "project")
 
 
 def test_what_comes_after_the_pruning_does_not_part_dense_models(make):

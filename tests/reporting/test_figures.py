@@ -7,7 +7,7 @@ import matplotlib.colors
 import numpy as np
 import pytest
 
-from maiht_lightning.records import LayerRecord
+from maiht_lightning.records import LayerRecord, StageResult, Stages
 from maiht_lightning.reporting.run.figures import draw_figures, kept_figure, relative_error_figure, stages_figure
 from maiht_lightning.reporting.run.objective import objective_figure
 from maiht_lightning.reporting.summary import Summary
@@ -36,7 +36,8 @@ def iterating(error, last=2.0, accelerated=(1.0, 0.0, 0.5)):
 
 
 def summary(**stages):
-    return Summary("maiht", 0.5, "unstructured", 0.5, stages)
+    found = Stages({name: StageResult.from_json(stage) for name, stage in stages.items()})
+    return Summary("maiht", 0.5, "unstructured", 0.5, found)
 
 
 # ---- Relative error
@@ -217,9 +218,10 @@ def test_matplotlib_is_imported_only_to_draw_and_pyplot_never(tmp_path):
 import sys
 from pathlib import Path
 from maiht_lightning.reporting.run.figures import draw_figures
+from maiht_lightning.records import StageResult, Stages
 from maiht_lightning.reporting.summary import Summary
 assert "matplotlib" not in sys.modules
-stages = {{"dense": {{"perplexity": {{"a": 2.0}}}}}}
+stages = Stages(dense=StageResult({{"a": 2.0}}))
 draw_figures(Path({str(tmp_path)!r}), Summary("maiht", 0.5, "row", 0.5, stages), [])
 assert "matplotlib" in sys.modules
 assert "matplotlib.pyplot" not in sys.modules

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from helpers.html_page import Page
-from maiht_lightning.records import LayerRecord
+from maiht_lightning.records import LayerRecord, StageResult, Stages
 from maiht_lightning.reporting.environment import environment
 from maiht_lightning.reporting.formats import duration, flatten, perplexity
 from maiht_lightning.reporting.run.figures import draw_figures
@@ -45,7 +45,8 @@ def page(folder, summary, records, settings=None, command="maiht fit --config a.
 
 
 def full():
-    return Summary("maiht", 0.5, "unstructured", 0.5, STAGES, {"capture": 28.36, "solve": 131.13}, 3 * 2**30)
+    stages = Stages({name: StageResult.from_json(stage) for name, stage in STAGES.items()})
+    return Summary("maiht", 0.5, "unstructured", 0.5, stages, {"capture": 28.36, "solve": 131.13}, 3 * 2**30)
 
 
 def test_the_stage_table_holds_every_measurement(records, tmp_path):
@@ -109,7 +110,7 @@ def test_everything_is_escaped(records, tmp_path):
     evil = "<script>alert('&')</script>"
     (tmp_path / "config.yaml").write_text(f"name: {evil}\n")
     records[0].name, records[0].relative_error = f"model.layers.0.{evil}", 1.0
-    summary = Summary(evil, 0.5, evil, 0.5, {evil: {"perplexity": {evil: 2.0}, "tasks": {evil: {evil: 0.5}}}})
+    summary = Summary(evil, 0.5, evil, 0.5, Stages({evil: StageResult({evil: 2.0}, {evil: {evil: 0.5}})}))
     found = page(tmp_path, summary, records, {evil: evil}, command=evil)
     assert "script" not in found.tags
     assert found.text.count(evil) >= 8

@@ -1,10 +1,9 @@
 """`MAIHTPruning`: prune the model at the end of a fit, or in the middle of it."""
 
-import json
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import proxy
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -27,8 +26,8 @@ from ..models.offload import full_weight
 from ..models.sparsity import count_zeros, measured_sparsity
 from ..pruning.journal import read_records
 from ..pruning.pruner import check_windows, prune
-from ..records import LayerRecord, PruningReport
-from ..reporting.recorder import RunOutput
+from ..records import PruningReport
+from ..reporting.recorder import RunRecorder
 from ..reporting.summary import Summary, fresh_run_folder
 from ..solvers import MAIHTConfig, check_method, parse_pattern, resolve_config
 from ..validation import check_at_least
@@ -138,19 +137,30 @@ class MAIHTPruning(Callback):
         self.hidden_states: Storage = hidden_states
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.report: PruningReport | None = None
-        self.summary = Summary(self.method, self.pattern.sparsity, self.pattern.name)
         # How many of the shots are done, and the Trainer's step at the last of them.
         self.done = self._pruned_step = 0
         # Epochs and steps of the fits before this one, where `sparse_finetune` has begun another.
         self.earlier: dict[str, int] | None = None
         self._calibration_windows: Tensor = torch.empty(0)
         self._measurement: LoadedEvaluation | None = None
-        self._started = time.perf_counter()
+        # Made by `prepare`, which knows the run's folder and the Trainer's loggers.
+        self._recorder: RunRecorder | None = None
 
     @property
     def pruned(self) -> bool:
         """Whether all shots are done."""
         return self.done == len(self.schedule)
+
+    @property
+    def recorder(self) -> RunRecorder:
+        """Where this run's results go; there is none before `prepare`."""
+        assert self._recorder is not None
+        return self._recorder
+
+    @property
+    def summary(self) -> Summary:
+        """What is known of this run."""
+        return self.recorder.summary
 
     # ---- Lightning's hooks
 
@@ -189,7 +199,7 @@ class MAIHTPruning(Callback):
             rank_zero_info("MAIHTPruning: the model has the zeros asked for; it is trained on with them and not pruned")
             self.done, self._pruned_step = len(self.schedule), trainer.global_step
             self._measure("pruned", trainer, pl_module)
-        self._started = time.perf_counter()
+        self.recorder.start_clock()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Prune before the first batch after the steps or epochs asked for.
@@ -202,14 +212,14 @@ class MAIHTPruning(Callback):
         """Prune, or measure what became of the pruned model, while the model, its device and loggers are alive."""
         if self.pruned:
             if trainer.global_step > self._pruned_step:
-                self._count_seconds("finetune")
+                self.recorder.stop_clock("finetune")
                 with quiet_progress_bar(trainer):
                     self._finish_finetuning(trainer, pl_module)
             return
         next_shot = self.schedule[self.done]
         if next_shot.unit != "end" and not next_shot.is_due(trainer.current_epoch, trainer.global_step):
             rank_zero_warn(f"the fit ended before {next_shot.name}: the model is pruned now")
-        self._count_seconds("fit")
+        self.recorder.stop_clock("fit")
         for optimizer in trainer.optimizers:
             # Its moments are of no more use, and for Adam twice as large as the model.
             optimizer.state.clear()
@@ -284,6 +294,20 @@ class MAIHTPruning(Callback):
         if self.output_dir is None:
             folder = fresh_run_folder(Path(trainer.default_root_dir) / "runs") if trainer.is_global_zero else None
             self.output_dir = trainer.strategy.broadcast(folder)
+        assert self.output_dir is not None
+        new = Summary(self.method, self.pattern.sparsity, self.pattern.name)
+        # A proxy, so that who keeps this callback after the fit keeps no Trainer, and so no model, in memory.
+        weak_trainer = proxy(trainer)
+        self._recorder = RunRecorder(
+            folder=self.output_dir,
+            # A second fit, such as that of `sparse_finetune`, belongs to the same run.
+            summary=new if self._recorder is None else self.summary,
+            settings=self._settings(),
+            loggers=trainer.loggers,
+            global_step=lambda: weak_trainer.global_step,
+            is_main=trainer.is_global_zero,
+            compact=self.compact,
+        )
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do the last shot: measure, prune, save, measure again; needs `prepare` before."""
@@ -292,22 +316,21 @@ class MAIHTPruning(Callback):
         # Saved first: whatever goes wrong after this, the pruned model is on disk.
         self._save(trainer, pl_module, "model")
         self.report = report
-        self.summary.measured_sparsity = report.sparsity
+        self.recorder.pruned(report)
         if trainer.loggers and trainer.world_size == 1:
             self.summary.predicted = self._predict(find_language_model(pl_module, self.model))
         self._measure("pruned", trainer, pl_module)
-        self._output(trainer).finish_pruning(report)
+        self.recorder.finish_pruning(report)
         self._settle(pl_module, trainer, back=True)
 
     def _prune_step(self, trainer: Trainer, pl_module: LightningModule) -> PruningReport:
         """Do the next shot, with the stage `dense` before the first."""
         model, pattern = find_language_model(pl_module, self.model), self.patterns[self.done]
-        output = self._output(trainer)
         # Gradients are of no more use, and as large as the model.
         pl_module.zero_grad(set_to_none=True)
         self._settle(pl_module, trainer)
+        self.recorder.begin(model)
         if "dense" not in self.summary.stages:
-            output.begin(model)
             if self.save_dense:
                 self._save(trainer, pl_module, "model_dense")
             self._measure("dense", trainer, pl_module)
@@ -322,35 +345,31 @@ class MAIHTPruning(Callback):
                 pattern=pattern.name,
                 method=self.method,
                 config=replace(self.config, keep_zeros=self.config.keep_zeros or has_frozen),
-                journal_dir=output.folder / journal,
+                journal_dir=self.recorder.folder / journal,
                 batch_size=self.batch_size,
                 # Of several shots, W&B has room for one set of curves over the blocks.
-                on_block=output.block_logger() if is_last else None,
+                on_block=self.recorder.block if is_last else None,
                 device=trainer.strategy.root_device,
                 hidden_states=self.hidden_states,
                 process_group=process_group(trainer),
             )
-        seconds = self.summary.seconds
-        for phase, value in (("capture", report.capture_seconds), ("solve", report.solve_seconds)):
-            seconds[phase] = seconds.pop(phase, 0.0) + value
         self.done, self._pruned_step = self.done + 1, trainer.global_step
         return report
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         while not self.pruned and self.schedule[self.done].is_due(trainer.current_epoch, trainer.global_step):
-            self._count_seconds("fit")
+            self.recorder.stop_clock("fit")
             with quiet_progress_bar(trainer):
                 if self.done + 1 == len(self.schedule):
                     self.run(trainer, pl_module)
                 else:
-                    sparsity = self._prune_step(trainer, pl_module).sparsity
+                    self.recorder.pruned(self._prune_step(trainer, pl_module), is_last=False)
                     self._settle(pl_module, trainer, back=True)
-                    self._output(trainer).log("pruned", {"sparsity": sparsity})
             frozen = find_callback(trainer, FrozenSparsity)
             assert frozen is not None  # added in `setup`
             frozen.freeze(trainer, pl_module)
             reset_monitors(trainer)
-            self._started = time.perf_counter()
+            self.recorder.start_clock()
 
     def _finish_finetuning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and measure the model after it was trained on with its zeros frozen."""
@@ -358,15 +377,11 @@ class MAIHTPruning(Callback):
         model = find_language_model(pl_module, self.model)
         self.summary.measured_sparsity = measured_sparsity(count_zeros(model))
         self._measure("finetuned", trainer, pl_module)
-        self._output(trainer).finish_finetuning([] if self.report is None else self.report.layers)
-
-    def _output(self, trainer: Trainer) -> RunOutput:
-        assert self.output_dir is not None  # set by `prepare`
-        return RunOutput(self.output_dir, trainer, self.summary, self._settings(), self.compact)
+        self.recorder.finish_finetuning([] if self.report is None else self.report.layers)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         model = find_language_model(pl_module, self.model)
-        self._output(trainer).save(model, find_tokenizer(pl_module, model, self.tokenizer), name)
+        self.recorder.save(model, find_tokenizer(pl_module, model, self.tokenizer), name)
 
     def _settle(self, pl_module: LightningModule, trainer: Trainer, *, back: bool = False) -> None:
         """With `offload: cpu`, move the model to host memory before the work on it, and back afterwards."""
@@ -375,9 +390,8 @@ class MAIHTPruning(Callback):
 
     def _measure(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._measurement is not None  # set by `prepare`
-        start = time.perf_counter()
         model = find_language_model(pl_module, self.model)
-        with trainer.precision_plugin.forward_context():
+        with self.recorder.timed("evaluate"), trainer.precision_plugin.forward_context():
             found = self._measurement.measure(
                 model,
                 find_tokenizer(pl_module, model, self.tokenizer),
@@ -385,9 +399,7 @@ class MAIHTPruning(Callback):
                 device=trainer.strategy.root_device,
                 process_group=process_group(trainer),
             )
-        seconds = self.summary.seconds
-        seconds["evaluate"] = seconds.pop("evaluate", 0.0) + time.perf_counter() - start
-        self._output(trainer).add_stage(stage, found)
+        self.recorder.stage(stage, found)
 
     def _predict(self, model: "PreTrainedModel") -> dict[str, dict[str, float]]:
         samples, seqlen = self._calibration_windows.shape
@@ -405,17 +417,10 @@ class MAIHTPruning(Callback):
         )
         return predict_pruning(model, job)
 
-    def _count_seconds(self, phase: str) -> None:
-        self.summary.seconds[phase] = self.summary.seconds.pop(phase, 0.0) + time.perf_counter() - self._started
-
     def _reload(self) -> None:
         """Read what an earlier process has written of this run, so that the stages before are not lost."""
-        assert self.output_dir is not None  # set by `prepare`
-        path = self.output_dir / "summary.json"
-        if not self.summary.stages and path.exists():
-            self.summary = Summary(**json.loads(path.read_text()))
-            self.summary.stages.pop("finetuned", None)
-        records: list[LayerRecord] = read_records(self.output_dir / "journal")
+        self.recorder.reload()
+        records = read_records(self.recorder.folder / "journal")
         if self.pruned and self.report is None and records:
             self.report = PruningReport(records)
 

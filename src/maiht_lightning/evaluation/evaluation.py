@@ -1,4 +1,4 @@
-"""What to evaluate, and doing it."""
+"""What a model is measured by, and the measuring."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..data.sources import evaluation_windows
+from ..records import StageResult
 from ..validation import check_at_least
 from .perplexity import perplexity
-from .zero_shot import load_tasks, mean_accuracy, zero_shot
+from .zero_shot import load_tasks, zero_shot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,11 +30,11 @@ class Evaluation:
             Empty to measure none.
         tasks: Zero-shot tasks by lm-eval's names, such as `boolq`; needs the extra `eval`. Empty for none. Papers
             use boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa.
-        seqlen: Tokens a window of text; by default the model's context, at most 2,048.
+        seqlen: Tokens per window of text; by default the model's context, at most 2,048.
         max_windows: Only the first windows of each text, for a quick look.
         limit: Only the first documents of each task, for a quick look.
         num_fewshot: Solved examples before each question of a task; by default the task's own number.
-        batch_size: Windows, or a task's sequences, a forward pass.
+        batch_size: Windows, or a task's sequences, per forward pass.
     """
 
     perplexity: list[str] = field(default_factory=lambda: ["wikitext2"])
@@ -88,7 +89,7 @@ class LoadedEvaluation:
         progress: bool = True,
         device: torch.device | None = None,
         process_group: ProcessGroup | None = None,
-    ) -> dict[str, Any]:
+    ) -> StageResult:
         """Measure a model.
 
         Args:
@@ -100,41 +101,36 @@ class LoadedEvaluation:
             process_group: Processes that share the work and all get the result; see `perplexity`.
 
         Returns:
-            `{"perplexity": {text: value}, "tasks": {task: {metric: value}}, "mean_accuracy": fraction}`; the
-            last two only where there are tasks (with an accuracy).
+            The perplexities by text, and the tasks' metrics by task.
         """
-        found: dict[str, Any] = {
-            "perplexity": {
-                name: perplexity(
-                    model,
-                    windows,
-                    batch_size=self.settings.batch_size,
-                    progress=progress,
-                    description=f"Perplexity {name} {stage}".strip(),
-                    device=device,
-                    process_group=process_group,
-                )
-                for name, windows in self.windows.items()
-            }
-        }
-        if self.tasks:
-            found["tasks"] = zero_shot(
+        perplexities = {
+            name: perplexity(
                 model,
-                tokenizer,
-                self.tasks,
-                limit=self.settings.limit,
+                windows,
                 batch_size=self.settings.batch_size,
                 progress=progress,
-                description=f"Tasks {stage}".strip(),
+                description=f"Perplexity {name} {stage}".strip(),
                 device=device,
                 process_group=process_group,
             )
-            mean = mean_accuracy(found["tasks"])
-            if mean is not None:
-                found["mean_accuracy"] = mean
-        return found
+            for name, windows in self.windows.items()
+        }
+        if not self.tasks:
+            return StageResult(perplexities)
+        tasks = zero_shot(
+            model,
+            tokenizer,
+            self.tasks,
+            limit=self.settings.limit,
+            batch_size=self.settings.batch_size,
+            progress=progress,
+            description=f"Tasks {stage}".strip(),
+            device=device,
+            process_group=process_group,
+        )
+        return StageResult(perplexities, tasks)
 
 
 def context_length(model: nn.Module) -> int:
-    """The model's context in tokens, at most 2,048."""
+    """Find the model's context in tokens, at most 2,048."""
     return min(getattr(getattr(model, "config", None), "max_position_embeddings", LONGEST_WINDOW), LONGEST_WINDOW)

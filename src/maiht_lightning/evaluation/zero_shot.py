@@ -187,22 +187,6 @@ def _wrapped(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", batch_size:
     return wrapped
 
 
-def mean_accuracy(results: Mapping[str, Mapping[str, float]]) -> float | None:
-    """Unweighted mean over tasks of plain ``acc``.
-
-    So the tables of Wanda (https://arxiv.org/abs/2306.11695) and of the mAIHT paper print it: each task counts the
-    same, whatever its number of questions, and ``acc_norm`` is not used.
-
-    Args:
-        results: From :func:`zero_shot`.
-
-    Returns:
-        A fraction of 1; tasks without ``acc`` are left out, and None is returned if no task has it.
-    """
-    accuracies = [metrics["acc"] for metrics in results.values() if "acc" in metrics]
-    return sum(accuracies) / len(accuracies) if accuracies else None
-
-
 def _check_integer(minimum: int, **settings: object) -> None:
     for name, value in settings.items():
         # Not a float either: lm-eval's `limit` of 0.5 is a half of all documents, and 1.0 is one of them.

@@ -132,7 +132,7 @@ class BlockPruner:
                     if owner != self.ranks.rank:
                         continue
                     for name, result in self._solve_group(linears, group, index):
-                        records[name] = _record(f"{self._path(index)}.{name}", index, result)
+                        records[name] = _record(self._path(index), index, name, result)
                         weights[name] = result.weight
                         if self.loader.copies:
                             write_weight(linears[name], result.weight)
@@ -181,10 +181,10 @@ class BlockPruner:
         self._bar.set_postfix_str(f"block {index + 1}/{len(self.loader)}, {what}")
 
 
-def _record(name: str, block: int, result: LayerResult) -> LayerRecord:
+def _record(path: str, block: int, name: str, result: LayerResult) -> LayerRecord:
     out_features, in_features = result.weight.shape
     return LayerRecord(
-        name=name,
+        name=f"{path}.{name}",
         block=block,
         shape=(out_features, in_features),
         zeros=result.weight.numel() - int(result.weight.count_nonzero()),
@@ -192,6 +192,7 @@ def _record(name: str, block: int, result: LayerResult) -> LayerRecord:
         objective=result.objective,
         accelerated=result.accelerated,
         seconds=result.seconds,
+        name_in_block=name,
     )
 
 

@@ -3,8 +3,10 @@
 import os
 import platform
 import resource
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -12,12 +14,10 @@ PACKAGES = ("torch", "lightning", "transformers", "lm_eval")
 
 
 def environment() -> dict[str, str]:
-    """Versions, device, threads and seed, in the order in which to show them.
+    """Name versions, device, threads and seed, in the order in which to show them.
 
     Packages that are not installed are absent, and so is the seed where `seed_everything` was not called.
     """
-    import torch
-
     from .. import __version__
 
     found = {"maiht_lightning": __version__}
@@ -39,9 +39,7 @@ def environment() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """The GPU's name, with its number where there are several, or else the CPU's model."""
-    import torch
-
+    """Name the GPU, with its number where there are several, or else the CPU's model."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return f"{count} × {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
@@ -59,8 +57,14 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def command() -> str:
+    """Write down the command that started this process."""
+    program = Path(sys.argv[0]).name
+    return shlex.join([*([] if program == "maiht" else ["python"]), program, *sys.argv[1:]])
+
+
 def peak_memory_bytes() -> int:
-    """Highest GPU memory allocated by this process, or its highest resident memory without a GPU, in bytes."""
+    """Find the highest GPU memory of this process, or without a GPU its highest resident memory, in bytes."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     # Kilobytes on Linux, bytes on macOS.

@@ -1,4 +1,4 @@
-"""How numbers, names and stages are written in every report."""
+"""How numbers and names are written in every report."""
 
 from collections.abc import Mapping
 from math import isfinite, isnan
@@ -12,42 +12,44 @@ METHOD_NAMES = {
     "admm": "ADMM-Grad",
     "wanda": "Wanda",
 }
-STAGE_ORDER = ("dense", "pruned", "finetuned")
 DASH = "–"
 
 
 def method_name(method: str) -> str:
-    """A method as its authors write it."""
+    """Write a method as its authors do."""
     return METHOD_NAMES.get(method, method)
 
 
-def in_order(stages: Mapping[str, Any]) -> dict[str, Any]:
-    """Stages in the order in which they happen; unknown ones come last, in the order given."""
-    known = [name for name in STAGE_ORDER if name in stages]
-    return {name: stages[name] for name in [*known, *(name for name in stages if name not in known)]}
-
-
-def perplexity(value: float) -> str:
-    """Two decimals, fewer for large values; ∞ as such."""
+def perplexity(value: float, decimals: int | None = None) -> str:
+    """Write so many decimals; by default two, and fewer for large values. ∞ is written as such."""
     if not isfinite(value):
         return "NaN" if isnan(value) else "∞"
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
     if value >= 1e6:
         return f"{value:.2e}"
     return f"{value:,.{2 if value < 1000 else 0}f}"
 
 
 def error(value: float) -> str:
-    """A relative error: three digits."""
+    """Write a relative error with three digits."""
     return f"{value:.3g}"
 
 
 def percent(value: float) -> str:
-    """A fraction in percent with two decimals, without the sign."""
+    """Write a fraction in percent with two decimals, without the sign."""
     return f"{100 * value:.2f}"
 
 
+def score(value: float | None, deviation: float | None = None) -> str:
+    """Write a fraction in percent, with its standard error where one is known; a dash where nothing was measured."""
+    if value is None:
+        return DASH
+    return percent(value) if deviation is None else f"{percent(value)} ± {percent(deviation)}"
+
+
 def duration(seconds: float) -> str:
-    """Seconds, or minutes and seconds, or hours and minutes."""
+    """Write seconds, or minutes and seconds, or hours and minutes."""
     if seconds < 99.95:
         return f"{seconds:.{2 if seconds < 10 else 1}f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -57,12 +59,12 @@ def duration(seconds: float) -> str:
 
 
 def memory(size: float) -> str:
-    """Bytes in GiB."""
+    """Write bytes in GiB."""
     return f"{size / 2**30:.2f} GiB"
 
 
 def setting(value: Any) -> str:
-    """A setting's value: None as a dash, numbers short, lists joined."""
+    """Write a setting's value: None as a dash, numbers short, lists joined."""
     if value is None or value in ([], {}):
         return DASH
     if isinstance(value, list | tuple):
@@ -71,7 +73,7 @@ def setting(value: Any) -> str:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
+    """Make nested settings flat, by dotted names."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:

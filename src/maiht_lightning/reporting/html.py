@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from . import formats
 from .figure_style import DPI
 
-CSS_PIXELS_AN_INCH = 96
+CSS_PIXELS_PER_INCH = 96
 
 
 class Picture(NamedTuple):
@@ -25,7 +25,7 @@ def picture(path: Path, name: str, caption: str) -> Picture:
     """Embed a PNG file at the size in which it was drawn."""
     data = path.read_bytes()
     # Width and height are the first fields of the first chunk, after the signature.
-    width, height = (side * CSS_PIXELS_AN_INCH // DPI for side in struct.unpack(">II", data[16:24]))
+    width, height = (side * CSS_PIXELS_PER_INCH // DPI for side in struct.unpack(">II", data[16:24]))
     return Picture(f"data:image/png;base64,{b64encode(data).decode()}", width, height, name, caption)
 
 

@@ -11,9 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..records import LayerRecord
-from .run.console import kind_of
-from .summary import LAYER_COLUMNS, Summary, layer_rows, task_table
+from ..records import LayerRecord, StageResult, Stages
+from .summary import LAYER_COLUMNS, Summary, layer_rows
 
 
 def log_settings(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
@@ -40,7 +39,7 @@ def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step
         "prune/block": block,
         "prune/relative_error": fmean(record.relative_error for record in records),
         "prune/seconds": sum(record.seconds for record in records),
-        **{f"prune/relative_error/{kind_of(record)}": record.relative_error for record in records},
+        **{f"prune/relative_error/{record.layer}": record.relative_error for record in records},
     }
 
     def write(logger: Logger) -> None:
@@ -50,15 +49,18 @@ def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step
     _each(loggers, write)
 
 
-def log_stage(loggers: Sequence[Logger], name: str, stage: dict[str, Any], global_step: int) -> None:
-    """Log what was measured at a stage.
+def log_sparsity(loggers: Sequence[Logger], name: str, sparsity: float, global_step: int) -> None:
+    """Log the fraction of zeros at a stage as `STAGE/sparsity`."""
+    _each(loggers, lambda logger: logger.log_metrics({f"{name}/sparsity": sparsity}, step=global_step))
 
-    As `STAGE/perplexity/TEXT`, `STAGE/tasks/TASK/METRIC`, `STAGE/mean_accuracy` and `STAGE/sparsity`.
-    """
-    metrics = {f"{name}/perplexity/{text}": value for text, value in stage.get("perplexity", {}).items()}
-    for task, found in stage.get("tasks", {}).items():
+
+def log_stage(loggers: Sequence[Logger], name: str, stage: StageResult, global_step: int) -> None:
+    """Log what was measured at a stage: `STAGE/perplexity/TEXT`, `STAGE/tasks/TASK/METRIC`, `STAGE/mean_accuracy`."""
+    metrics = {f"{name}/perplexity/{text}": value for text, value in stage.perplexity.items()}
+    for task, found in stage.tasks.items():
         metrics |= {f"{name}/tasks/{task}/{metric}": value for metric, value in found.items()}
-    metrics |= {f"{name}/{key}": stage[key] for key in ("mean_accuracy", "sparsity") if key in stage}
+    if stage.mean_accuracy is not None:
+        metrics[f"{name}/mean_accuracy"] = stage.mean_accuracy
     if metrics:
         _each(loggers, lambda logger: logger.log_metrics(metrics, step=global_step))
 
@@ -108,6 +110,16 @@ def log_finetuned(loggers: Sequence[Logger], summary: Summary, global_step: int)
     _each(loggers, finish)
 
 
+def task_table(stages: Stages) -> tuple[list[str], list[list[Any]]]:
+    """Make a table of the tasks: one row per task and metric, a value and its standard error per stage."""
+    columns = ["task", "metric", *(f"{name}{suffix}" for name in stages for suffix in ("", "_stderr"))]
+    rows = [
+        [task, metric, *(number for stage in stages.values() for number in stage.score(task, metric))]
+        for task, metric in stages.metrics
+    ]
+    return columns, rows
+
+
 def log_figures(loggers: Sequence[Logger], figures: dict[str, Path], global_step: int) -> None:
     """Log PNG files by name as `figures/NAME` to the loggers that take images."""
 
@@ -143,4 +155,4 @@ def _each(loggers: Sequence[Logger], action: Callable[[Logger], None]) -> None:
         try:
             action(logger)
         except Exception as error:
-            rank_zero_warn(f"{type(logger).__name__} could not log the pruning: {error!r}. The run goes on.")
+            rank_zero_warn(f"{type(logger).__name__} could not log the pruning: {error!r}. The run continues.")

@@ -4,31 +4,33 @@ import csv
 import json
 import os
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..records import LayerRecord
+from ..records import LayerRecord, StageResult, Stages
+
+SUMMARY_FILE = "summary.json"
+PHASE_ORDER = ("fit", "capture", "solve", "finetune", "evaluate")
 
 
 def fresh_run_folder(root: str | os.PathLike[str] = "runs") -> Path:
-    """A name for a new run's folder: date, time and some chance, for jobs that start together. Nothing is made."""
+    """Name a new run's folder by date, time and some chance, for jobs that start together. Nothing is made."""
     return Path(root) / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 @dataclass
 class Summary:
-    """What `summary.json` holds; stages that were not run are absent.
+    """What `summary.json` holds.
 
     Args:
         method: Pruning method.
         sparsity: Fraction of zeros asked for.
         pattern: Sparsity pattern.
         measured_sparsity: Fraction of zeros counted over all pruned layers.
-        stages: By stage (`dense`, `pruned`, `finetuned`): `{"perplexity": {text: value}, "tasks": {task: {metric:
-            value}}, "mean_accuracy": fraction}`.
-        seconds: Wall-clock time of `fit`, `capture`, `solve` and `evaluate`.
+        stages: What was measured at each stage.
+        seconds: Wall-clock time per phase: `fit`, `capture`, `solve`, `finetune` and `evaluate`.
         peak_memory_bytes: Highest GPU memory of the process, or its highest resident memory without a GPU.
         predicted: For runs with a logger, by phase (`capture`, `solve`) what `maiht estimate` makes of this machine:
             `seconds`, `flops` and `device_bytes`.
@@ -38,16 +40,46 @@ class Summary:
     sparsity: float
     pattern: str
     measured_sparsity: float = 0.0
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stages: Stages = field(default_factory=Stages)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     predicted: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Add wall-clock time to a phase, which may have been at work before."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    @property
+    def seconds_in_order(self) -> dict[str, float]:
+        """Wall-clock time per phase, in the order in which to show them; unknown phases come last."""
+        known = [phase for phase in PHASE_ORDER if phase in self.seconds]
+        return {name: self.seconds[name] for name in [*known, *(name for name in self.seconds if name not in known)]}
+
+    @classmethod
+    def read(cls, folder: Path) -> "Summary":
+        """Read `summary.json`. Keys that are not known are left out, and absent ones are as in a new summary.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file holds something else.
+        """
+        path = folder / SUMMARY_FILE
+        try:
+            found = json.loads(path.read_text())
+            names = {each.name for each in fields(cls)}
+            known = {name: value for name, value in found.items() if name in names}
+            stages = Stages({name: StageResult.from_json(stage) for name, stage in found.get("stages", {}).items()})
+            return cls(**{**known, "stages": stages})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a run's summary: {error}") from error
+
     def write(self, folder: Path) -> None:
         """Write `summary.json`, whole or not at all."""
-        partial = folder / "summary.json.partial"
-        partial.write_text(json.dumps(vars(self), indent=2) + "\n")
-        partial.replace(folder / "summary.json")
+        stages = {name: stage.to_json() for name, stage in self.stages.items()}
+        partial = folder / f"{SUMMARY_FILE}.partial"
+        content = {**vars(self), "stages": stages, "seconds": self.seconds_in_order}
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(folder / SUMMARY_FILE)
 
 
 LAYER_COLUMNS = (
@@ -65,7 +97,7 @@ LAYER_COLUMNS = (
 
 
 def layer_rows(records: list[LayerRecord]) -> list[list[Any]]:
-    """One row a layer, in the order of `LAYER_COLUMNS`; objectives are empty for methods without one."""
+    """Make one row per layer, in the order of `LAYER_COLUMNS`; objectives are empty for methods without one."""
     return [
         [
             record.name,
@@ -88,25 +120,3 @@ def write_layers(folder: Path, records: list[LayerRecord]) -> None:
         writer = csv.writer(file)
         writer.writerow(LAYER_COLUMNS)
         writer.writerows(layer_rows(records))
-
-
-def task_table(stages: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Headings and rows of the zero-shot results: a row a task and metric, a value and its standard error a stage."""
-    tasks_of = {name: stage.get("tasks", {}) for name, stage in stages.items()}
-    measured = dict.fromkeys(
-        (task, metric)
-        for tasks in tasks_of.values()
-        for task, metrics in tasks.items()
-        for metric in metrics
-        if not metric.endswith("_stderr")
-    )
-    columns = ["task", "metric", *(f"{name}{suffix}" for name in tasks_of for suffix in ("", "_stderr"))]
-    rows = [
-        [
-            task,
-            metric,
-            *(tasks.get(task, {}).get(metric + suffix) for tasks in tasks_of.values() for suffix in ("", "_stderr")),
-        ]
-        for task, metric in measured
-    ]
-    return columns, rows

@@ -19,7 +19,7 @@ LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9, "title_fontsize": 9}
 
 
 def draw_rows(path: Path, rows: list[Row]) -> Path | None:
-    """Draw a comparison's rows: a panel a text, a colour a method, a mark a pattern.
+    """Draw perplexity against sparsity: one panel per text, one colour per method, one mark per pattern.
 
     Returns:
         `path`, or None where no perplexity was measured; nothing is written then.
@@ -53,12 +53,12 @@ def draw_rows(path: Path, rows: list[Row]) -> Path | None:
 
 
 def _method(row: Row) -> str:
-    """What shares a colour: a method, with the settings in which its rows differ."""
+    """Name what shares a colour: a method, with the settings in which its rows differ."""
     return f"{method_name(row.method)}, {row.settings}" if row.settings else method_name(row.method)
 
 
 def _pattern_styles(patterns: list[str]) -> dict[str, dict[str, Any]]:
-    """Mark and line of each pattern. N:M fixes the sparsity: no line joins its marks."""
+    """Choose mark and line of each pattern. N:M fixes the sparsity: no line joins its marks."""
     styles: dict[str, dict[str, Any]] = {}
     for pattern in dict.fromkeys(patterns):
         if pattern == "unstructured":
@@ -98,7 +98,7 @@ def _draw_text(
                     label=f"{method}, {pattern}",
                     **style,
                 )
-            # What is not finite has no place on the axis: it stands above it.
+            # A value that is not finite has no place on the axis: its mark stands above it.
             for row in members:
                 if row not in finite:
                     axes.annotate(
@@ -146,7 +146,7 @@ def _label_decades(axes: "Axes") -> None:
 
 
 def _dense_styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """Line of each dense model; those of several differ in their dashes."""
+    """Choose the line of each dense model; those of several differ in their dashes."""
     return {
         _method(row): {"color": GREY, "linewidth": 1.2, "linestyle": (0, (2 + 3 * number, 2))}
         for number, row in enumerate(rows, start=1)

@@ -6,16 +6,15 @@ anything else that `config.yaml` knows stay apart, and the row says in what.
 
 import json
 from collections.abc import Callable
-from math import isfinite, isnan
+from math import isnan
 from pathlib import Path
 from typing import Any
 
+from ...records import STAGE_ORDER, StageResult
 from ..html import picture
 from .figure import draw_rows
-from .runs import Run, read_run
+from .runs import Run
 from .table import Comparison, Row
-
-__all__ = ["Comparison", "Run", "comparison", "draw_comparison", "read_run", "write_comparison"]
 
 FIGURE_CAPTION = (
     "Perplexity of the pruned models against the sparsity asked for; bars are standard deviations over seeds, N:M "
@@ -23,20 +22,19 @@ FIGURE_CAPTION = (
 )
 
 
-def write_comparison(folder: str | Path, runs: list[Run]) -> Path:
+def write_comparison(folder: str | Path, table: Comparison) -> Path:
     """Write `report.md`, `report.csv`, `report.html` and, where perplexity was measured, `perplexity.png`.
 
     Args:
         folder: Where to; made if it does not exist.
-        runs: Finished runs; see `read_run`.
+        table: Runs side by side; see `comparison`.
 
     Returns:
         The path of `report.html`.
     """
     folder = Path(folder)
-    table = comparison(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = draw_comparison(folder / "perplexity.png", runs)
+    drawn = draw_rows(folder / "perplexity.png", table.rows)
     figure = None if drawn is None else picture(drawn, "Perplexity against sparsity", FIGURE_CAPTION)
     (folder / "report.md").write_text(table.markdown(), encoding="utf-8")
     (folder / "report.csv").write_text(table.csv(), encoding="utf-8")
@@ -45,17 +43,11 @@ def write_comparison(folder: str | Path, runs: list[Run]) -> Path:
     return page
 
 
-def draw_comparison(path: Path, runs: list[Run]) -> Path | None:
-    """Draw perplexity against sparsity: a panel a text, a line a method, N:M patterns as marks of their own.
-
-    Returns:
-        `path`, or None where no perplexity was measured; nothing is written then.
-    """
-    return draw_rows(path, comparison(runs).rows)
-
-
 def comparison(runs: list[Run]) -> Comparison:
-    """Put runs side by side; a row a setting, and a row a dense model.
+    """Put runs side by side: one row per setting, and one per dense model.
+
+    Args:
+        runs: Finished runs; see `read_run`.
 
     Raises:
         ValueError: There are no runs.
@@ -68,33 +60,33 @@ def comparison(runs: list[Run]) -> Comparison:
 
 
 def _dense_rows(runs: list[Run]) -> list[Row]:
-    differing = _differing([run.measured for run in runs])
+    differing = _differing([run.measurement_settings for run in runs])
     rows = []
-    for members in _grouped(runs, lambda run: run.measured):
+    for members in _grouped(runs, lambda run: run.measurement_settings):
         # Runs of one dense model measure the same thing again: what is equal counts once.
         distinct = {json.dumps(values): values for run in members if (values := _values(run, "dense"))}
         if distinct:
-            label, group = _label(members[0].measured, differing), _key(members[0].measured)
+            label, group = _label(members[0].measurement_settings, differing), _key(members[0].measurement_settings)
             names = [run.folder.name for run in members]
             rows.append(Row("dense", "", 0.0, label, names, group).add(list(distinct.values())))
     return rows
 
 
 def _pruned_rows(runs: list[Run]) -> list[Row]:
-    elsewhere = _differing([run.measured for run in runs])
+    elsewhere = _differing([run.measurement_settings for run in runs])
     rows = []
     for alike in _grouped(runs, _setting):
-        differing = elsewhere | _differing([run.settings for run in alike])
-        for members in _grouped(alike, lambda run: run.settings):
+        differing = elsewhere | _differing([run.distinctions for run in alike])
+        for members in _grouped(alike, lambda run: run.distinctions):
             first = members[0]
-            label, group = _label(first.settings, differing), _key(first.measured)
+            label, group = _label(first.distinctions, differing), _key(first.measurement_settings)
             names = [run.folder.name for run in members]
             rows.append(Row(*_setting(first), label, names, group).add(_distinct(members)))
     return rows
 
 
 def _distinct(runs: list[Run]) -> list[dict[str, float]]:
-    """The runs' values; a run done again with the same seeds and the same result is no further evidence."""
+    """List the runs' values; a run done again with the same seeds and the same result is no further evidence."""
     found: dict[tuple[tuple[str, ...], str], dict[str, float]] = {}
     for run in runs:
         values = _values(run, "pruned")
@@ -108,28 +100,24 @@ def _setting(run: Run) -> tuple[str, str, float]:
 
 
 def _values(run: Run, stage: str) -> dict[str, float]:
-    """The numbers of a row by their columns' keys."""
-    summary, values = run.summary, {}
-    measured = summary.stages.get(stage, {})
+    """Collect the numbers of a row by their columns' keys; what was not measured is absent."""
+    summary = run.summary
+    results = {name: summary.stages.get(name, StageResult()) for name in STAGE_ORDER}
     # A pruned row shows the perplexities of all its run's stages, a dense row its own.
-    for name in ("dense", "pruned", "finetuned") if stage == "pruned" else (stage,):
-        for text, value in summary.stages.get(name, {}).get("perplexity", {}).items():
-            values[f"perplexity/{text}/{name}"] = value
-    for task, metrics in measured.get("tasks", {}).items():
-        if "acc" in metrics:
-            values[f"accuracy/{task}"] = metrics["acc"]
-    if measured.get("mean_accuracy") is not None:
-        values["mean_accuracy"] = measured["mean_accuracy"]
-    if stage == "dense":
-        return values
-    if (finetuned := summary.stages.get("finetuned", {}).get("mean_accuracy")) is not None:
-        values["mean_accuracy/finetuned"] = finetuned
-    values["measured_sparsity"] = summary.measured_sparsity
-    if isfinite(run.mean_relative_error):
+    values: dict[str, float | None] = {
+        f"perplexity/{text}/{name}": value
+        for name, result in results.items()
+        if stage in ("pruned", name)
+        for text, value in result.perplexity.items()
+    }
+    values |= {f"accuracy/{task}": results[stage].score(task, "acc")[0] for task in results[stage].tasks}
+    values["mean_accuracy"] = results[stage].mean_accuracy
+    if stage == "pruned":
+        values["mean_accuracy/finetuned"] = results["finetuned"].mean_accuracy
+        values["measured_sparsity"] = summary.measured_sparsity
         values["mean_relative_error"] = run.mean_relative_error
-    if "solve" in summary.seconds:
-        values["solve_seconds"] = summary.seconds["solve"]
-    return values
+        values["solve_seconds"] = summary.seconds.get("solve")
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _mark_best(rows: list[Row]) -> None:
@@ -159,7 +147,7 @@ def _key(settings: dict[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def _grouped(items: list[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
-    """Items with equal keys together, in the order in which they first appear."""
+    """Put items with equal keys together, in the order in which they first appear."""
     groups: dict[Any, list[Any]] = {}
     for item in items:
         found = key(item)
@@ -168,13 +156,13 @@ def _grouped(items: list[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
 
 
 def _differing(settings: list[dict[str, str]]) -> set[str]:
-    """Names whose values differ among those settings that have them."""
+    """Find the names whose values differ among those settings that have them."""
     names = {name for one in settings for name in one}
     return {name for name in names if len({one[name] for one in settings if name in one}) > 1}
 
 
 def _label(settings: dict[str, str], differing: set[str]) -> str:
-    """The differing settings of a row, by the last two parts of their names; of a place, the last two parts too."""
+    """Write the differing settings of a row, by the last two parts of their names, and of paths the last two parts."""
     return ", ".join(
         f"{'.'.join(name.split('.')[-2:])}={'/'.join(value.split('/')[-2:])}"
         for name, value in settings.items()

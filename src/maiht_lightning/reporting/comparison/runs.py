@@ -2,15 +2,15 @@
 
 import csv
 import json
-from dataclasses import dataclass, fields
-from math import nan
+from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 from statistics import fmean
 
 from ..formats import flatten
-from ..summary import Summary
+from ..summary import SUMMARY_FILE, Summary
 
-# Settings that do not change what a run's numbers mean: places, and what is only shown.
+# Settings that do not change what a run's numbers mean: paths, and what is only shown.
 IRRELEVANT = (
     "output_dir",
     "config",
@@ -21,7 +21,9 @@ IRRELEVANT = (
     "trainer.enable_",
 )
 # The dense model depends on nothing that comes after it.
-AFTER_THE_DENSE, SETTING_OF_MEASURING = ("pruning.", "sparse_finetune."), "pruning.evaluation."
+AFTER_THE_DENSE = ("pruning.", "sparse_finetune.")
+# But for these, which say how it is measured.
+MEASURING = "pruning.evaluation."
 # These three have columns of their own.
 IN_COLUMNS = ("pruning.method", "pruning.sparsity", "pruning.pattern")
 
@@ -33,24 +35,37 @@ class Run:
     Args:
         folder: Its folder.
         summary: What `summary.json` holds.
-        mean_relative_error: Mean over the layers.
-        settings: The configuration by dotted names, without seeds, places and what is only shown.
+        mean_relative_error: Mean over the layers; None where that is no number.
+        settings: The configuration by dotted names, without seeds, paths and what is only shown.
         seeds: The seeds in the configuration.
+        trained_before: Whether the model was trained in the run before it was pruned.
+        config_known: Whether the run has a `config.yaml`.
     """
 
     folder: Path
     summary: Summary
-    mean_relative_error: float
+    mean_relative_error: float | None
     settings: dict[str, str]
     seeds: tuple[str, ...] = ()
+    trained_before: bool = False
+    config_known: bool = True
 
     @property
-    def measured(self) -> dict[str, str]:
-        """The settings that the dense model and its measurement depend on; runs that share them can be compared."""
+    def distinctions(self) -> dict[str, str]:
+        """All in which runs of one method, pattern and sparsity may differ, by the names that a report shows."""
+        return {
+            "command": "fit" if self.trained_before else "prune",
+            "config.yaml": "present" if self.config_known else "absent",
+            **self.settings,
+        }
+
+    @property
+    def measurement_settings(self) -> dict[str, str]:
+        """What the dense model and its measurement depend on; runs that share it can be compared."""
         return {
             name: value
-            for name, value in self.settings.items()
-            if not name.startswith(AFTER_THE_DENSE) or name.startswith(SETTING_OF_MEASURING)
+            for name, value in self.distinctions.items()
+            if not name.startswith(AFTER_THE_DENSE) or name.startswith(MEASURING)
         }
 
 
@@ -63,20 +78,14 @@ def read_run(folder: str | Path) -> Run:
     import yaml
 
     folder = Path(folder)
-    path = folder / "summary.json"
     if not folder.is_dir():
         raise ValueError(f"{folder} is no run's folder: there is no such folder")
-    if not path.exists():
+    if not (folder / SUMMARY_FILE).exists():
         begun = [name for name in ("journal", "config.yaml") if (folder / name).exists()]
         if begun:
-            raise ValueError(_unfinished(folder, "summary.json"))
+            raise ValueError(_unfinished(folder, SUMMARY_FILE))
         raise ValueError(f"{folder} is no run's folder: it has no summary.json")
-    try:
-        found = json.loads(path.read_text())
-        known = {field.name for field in fields(Summary)}
-        summary = Summary(**{name: value for name, value in found.items() if name in known})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a run's summary: {error}") from error
+    summary = Summary.read(folder)
     if "pruned" not in summary.stages:
         raise ValueError(_unfinished(folder, "the stage `pruned` in summary.json"))
     if not (folder / "layers.csv").exists():
@@ -90,22 +99,24 @@ def read_run(folder: str | Path) -> Run:
         configuration = _configuration(folder)
     except (ValueError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"the configuration in {folder} cannot be read: {error}") from error
-    settings = {
-        # Compared as settings: whether training went before, and whether the others are known at all.
-        "command": "fit" if "fit" in summary.seconds else "prune",
-        "config.yaml": "present" if (folder / "config.yaml").exists() else "absent",
-        **{k: v for k, v in configuration.items() if not k.startswith(IRRELEVANT) and not _is_seed(k)},
-    }
-    seeds = tuple(f"{name}={value}" for name, value in configuration.items() if _is_seed(name))
-    return Run(folder, summary, fmean(errors) if errors else nan, settings, seeds)
+    mean_error = fmean(errors) if errors else inf
+    return Run(
+        folder=folder,
+        summary=summary,
+        mean_relative_error=mean_error if isfinite(mean_error) else None,
+        settings={k: v for k, v in configuration.items() if not k.startswith(IRRELEVANT) and not _is_seed(k)},
+        seeds=tuple(f"{name}={value}" for name, value in configuration.items() if _is_seed(name)),
+        trained_before="fit" in summary.seconds,
+        config_known=(folder / "config.yaml").exists(),
+    )
 
 
 def _unfinished(folder: Path, missing: str) -> str:
-    return f"the run in {folder} is unfinished: {missing} is missing. The same command with this --output_dir goes on"
+    return f"the run in {folder} is unfinished: {missing} is missing. Its command with this --output_dir resumes it"
 
 
 def _configuration(folder: Path) -> dict[str, str]:
-    """What the folder knows of the configuration, by dotted names, without method, sparsity and pattern."""
+    """Read what the folder knows of the configuration, by dotted names, without method, sparsity and pattern."""
     import yaml
 
     path, journal = folder / "config.yaml", folder / "journal" / "settings.json"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import isfinite, nan
 from statistics import fmean, stdev
 
+from ...records import STAGE_ORDER
 from .. import formats
 from ..html import Picture, render
 
@@ -48,11 +49,11 @@ class Row:
         return self
 
     def mean(self, column: str) -> float:
-        """Mean over the runs; NaN where none has the column."""
+        """Average over the runs; NaN where none has the column."""
         return fmean(self.values[column]) if column in self.values else nan
 
     def deviation(self, column: str) -> float:
-        """Sample standard deviation over the runs; NaN where fewer than two have the column, or one is infinite."""
+        """Compute the sample standard deviation; NaN where fewer than two runs have the column, or one is infinite."""
         values = self.values.get(column, [])
         return stdev(values) if len(values) > 1 and all(map(isfinite, values)) else nan
 
@@ -72,14 +73,14 @@ class Comparison:
         """Keys of the measured columns, in the order in which to show them."""
         found = dict.fromkeys(key for row in self.rows for key in row.values)
         texts = dict.fromkeys(key.split("/", 1)[1].rpartition("/")[0] for key in found if key.startswith("perplexity/"))
-        stages = [f"perplexity/{text}/{stage}" for text in texts for stage in formats.STAGE_ORDER]
+        stages = [f"perplexity/{text}/{stage}" for text in texts for stage in STAGE_ORDER]
         tasks = [key for key in found if key.startswith("accuracy/")]
         rest = ["mean_accuracy", "mean_accuracy/finetuned", "mean_relative_error", "solve_seconds"]
         return [key for key in ["measured_sparsity", *stages, *tasks, *rest] if key in found]
 
     @staticmethod
     def better(column: str) -> Callable[[Iterable[float]], float] | None:
-        """`min` or `max`, whichever is better; None where neither is, or where it depends on the machine."""
+        """Say whether `min` or `max` is better; None where neither is, or where it depends on the machine."""
         if column.startswith("perplexity/"):
             return None if column.endswith("/dense") else min
         if column.startswith(("accuracy/", "mean_accuracy")):
@@ -88,7 +89,7 @@ class Comparison:
 
     @staticmethod
     def heading(column: str) -> str:
-        """What stands above a column."""
+        """Write what stands above a column."""
         kind, _, rest = column.partition("/")
         text, _, stage = rest.rpartition("/")
         return {
@@ -102,7 +103,7 @@ class Comparison:
 
     @staticmethod
     def cell(row: Row, column: str) -> str:
-        """Mean, with the standard deviation where there are several runs; empty where there is no value."""
+        """Write the mean, with the standard deviation where there are several runs; empty where there is no value."""
         if column not in row.values:
             return ""
         kind = column.partition("/")[0]
@@ -118,7 +119,7 @@ class Comparison:
         return f"{form(row.mean(column))} ± {f'{deviation:.2g}' if form is formats.error else form(deviation)}"
 
     def labels(self, row: Row) -> list[str]:
-        """The cells that say what a row is, for the headings of `label_headings`."""
+        """Write the cells that say what a row is, below `label_headings`."""
         asked = "" if row.method == "dense" else f"{100 * row.sparsity:g}"
         labels = [formats.method_name(row.method), row.pattern, asked]
         return labels + ([row.settings] if self._has_settings else []) + ([str(row.n)] if self._has_seeds else [])
@@ -138,13 +139,13 @@ class Comparison:
         return any(row.n > 1 for row in self.rows)
 
     def notes(self) -> str:
-        """What the marks in the table mean."""
+        """Say what the marks in the table mean."""
         seeds = " n: runs that differ in their seeds, as mean ± standard deviation." if self._has_seeds else ""
         several = any(row.best for row in self.rows)
         return ((f"Bold: {BEST_NOTE}." if several else "") + seeds).strip()
 
     def markdown(self) -> str:
-        """A Markdown table; the best values are bold."""
+        """Write a Markdown table; the best values are bold."""
         headings = self.label_headings + [self.heading(column) for column in self.columns]
         rules = ["---"] * len(self.label_headings) + ["---:"] * len(self.columns)
         lines = [_markdown_row(headings), _markdown_row(rules)]
@@ -158,7 +159,7 @@ class Comparison:
         return "\n".join(lines) + "\n" + (f"\n{notes}\n" if notes else "")
 
     def csv(self) -> str:
-        """Bare numbers: for each measured column its mean and, in `COLUMN_sd`, the standard deviation."""
+        """Write bare numbers: for each measured column its mean and, in `COLUMN_sd`, the standard deviation."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         names = [name for column in self.columns for name in (column, f"{column}_sd")]
@@ -169,7 +170,7 @@ class Comparison:
         return file.getvalue()
 
     def html(self, figure: Picture | None = None) -> str:
-        """A page that needs no other file; the best values are bold.
+        """Write a page that needs no other file; the best values are bold.
 
         Args:
             figure: A figure to show below the table.
@@ -186,7 +187,7 @@ class Comparison:
 
 
 def _numbers(row: Row, column: str) -> list[float | str]:
-    """Mean and standard deviation, empty where there is none."""
+    """Give the mean and the standard deviation; empty where there is none."""
     deviation = row.deviation(column)
     return [row.mean(column) if column in row.values else "", deviation if isfinite(deviation) else ""]
 

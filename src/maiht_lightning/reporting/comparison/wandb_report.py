@@ -6,34 +6,37 @@ The panels show what `loggers.py` logs. Building the blocks needs no service; `p
 from types import ModuleType
 from typing import Any
 
-from .rows import comparison
+from ...records import Stages
 from .runs import Run
+from .table import Comparison
 
 TITLE = "Pruning runs compared"
 
 
-def publish(runs: list[Run], entity: str, project: str) -> str:
+def publish(runs: list[Run], table: Comparison, entity: str, project: str) -> str:
     """Make a W&B Report of runs and return its address.
 
     Args:
         runs: Finished runs; see `read_run`. Offline ones must have been sent with `wandb sync` for the panels.
+        table: These runs side by side.
         entity: W&B user or team.
         project: W&B project, the one that the runs are in.
 
     Raises:
         ModuleNotFoundError: The package `wandb-workspaces` is not installed.
     """
-    blocks = report_blocks(runs, entity, project)
+    blocks = report_blocks(runs, table, entity, project)
     report = _reports().Report(entity=entity, project=project, title=TITLE, blocks=blocks, width="fluid")
     report.save()
     return str(report.url)
 
 
-def report_blocks(runs: list[Run], entity: str = "", project: str = "") -> list[Any]:
-    """The report's blocks: the table, perplexity against sparsity, and the layers' errors over the blocks.
+def report_blocks(runs: list[Run], table: Comparison, entity: str = "", project: str = "") -> list[Any]:
+    """Build the report's blocks: the table, perplexity against sparsity, and the layers' errors over the blocks.
 
     Args:
         runs: Finished runs.
+        table: These runs side by side.
         entity: W&B user or team of the panels' runs.
         project: W&B project of the panels' runs.
 
@@ -41,7 +44,7 @@ def report_blocks(runs: list[Run], entity: str = "", project: str = "") -> list[
         ModuleNotFoundError: The package `wandb-workspaces` is not installed.
     """
     reports = _reports()
-    texts = dict.fromkeys(text for run in runs for text in run.summary.stages["pruned"].get("perplexity", {}))
+    texts = Stages({str(run.folder): run.summary.stages["pruned"] for run in runs}).texts
     panels: list[Any] = [
         reports.ScatterPlot(
             title=f"Perplexity, {text}",
@@ -65,14 +68,14 @@ def report_blocks(runs: list[Run], entity: str = "", project: str = "") -> list[
     runset = reports.Runset(entity=entity, project=project, name="Pruning runs", filters=_only(runs))
     return [
         reports.H1(text="Comparison"),
-        reports.MarkdownBlock(text=comparison(runs).markdown()),
+        reports.MarkdownBlock(text=table.markdown()),
         reports.H1(text="Runs"),
         reports.PanelGrid(runsets=[runset], panels=[*panels, errors, seconds]),
     ]
 
 
 def _only(runs: list[Run]) -> str:
-    """A filter for these runs by the identifiers in their folders; empty, for all runs, where one has none."""
+    """Write a filter for these runs by the identifiers in their folders; empty, for all runs, where one has none."""
     # W&B's folders are named `run-DATE-ID` or `offline-run-DATE-ID`, one for each time that the run was started.
     found = [{path.name.rpartition("-")[2] for path in run.folder.glob("wandb/*run-*-*")} for run in runs]
     return f"Metric('ID') in {sorted(set().union(*found))}" if found and all(found) else ""

@@ -1,66 +1,50 @@
-"""The tables a person sees at the end of a run."""
+"""The tables that a person sees at the end of a run."""
 
+from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ...records import LayerRecord
-from ..summary import Summary, task_table
+from ...records import LayerRecord, Stages
+from ..summary import Summary
+from .stages import stage_rows
 
 
-def print_run(summary: Summary, records: list[LayerRecord], folder: str) -> None:
+def print_run(summary: Summary, records: list[LayerRecord], folder: Path) -> None:
     """Print the stages, the layers by kind, and where the files are."""
     console = Console()
     console.print()
-    console.print(_stages(summary))
-    console.print(_kinds(records))
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary.seconds.items())
+    title = f"{summary.method}, {summary.pattern}: {summary.measured_sparsity:.4%} zeros, counted"
+    console.print(stage_table(summary.stages, title))
+    console.print(layer_table(records))
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary.seconds_in_order.items())
     console.print(f"Time: {seconds}. Peak memory: {summary.peak_memory_bytes / 2**30:.1f} GiB.")
     if summary.predicted:
         seconds = ", ".join(f"{name} {found['seconds']:.0f} s" for name, found in summary.predicted.items())
         console.print(f"Predicted for this machine: {seconds}.")
-    console.print(f"Files: {folder} (report.html to look at; model/ loads with from_pretrained)", soft_wrap=True)
+    loads = "; model/ loads with from_pretrained" if (folder / "model").is_dir() else ""
+    console.print(f"Files: {folder} (report.html to look at{loads})", soft_wrap=True)
 
 
-def _stages(summary: Summary) -> Table:
-    title = f"{summary.method}, {summary.pattern}: {summary.measured_sparsity:.4%} zeros, counted"
-    return stage_table(summary.stages, title)
-
-
-def stage_table(stages: dict[str, dict[str, Any]], title: str) -> Table:
-    """What was measured, a row a measure and a column a stage, which fits the terminal whatever is measured."""
+def stage_table(stages: Stages, title: str) -> Table:
+    """Show what was measured, one row per measure and one column per stage: it fits the terminal whatever it is."""
     table = Table("measure", title=title, min_width=len(title) + 2)
     for name in stages:
         table.add_column(name, justify="right")
-    for text in dict.fromkeys(text for stage in stages.values() for text in stage.get("perplexity", {})):
-        values = [stage.get("perplexity", {}).get(text) for stage in stages.values()]
-        table.add_row(f"perplexity {text}", *("" if value is None else f"{value:.3f}" for value in values))
-    _, rows = task_table(stages)
-    for task, metric, *values in rows:
-        scores = zip(values[::2], values[1::2], strict=True)
-        table.add_row(f"{task} {metric}, %", *map(_score, scores))
-    if any("mean_accuracy" in stage for stage in stages.values()):
-        means = [stage.get("mean_accuracy") for stage in stages.values()]
-        table.add_row("mean acc, %", *(_score((mean, None)) for mean in means), style="bold")
+    for row in stage_rows(stages, decimals=3):
+        table.add_row(row.name, *row.values, style="bold" if row.is_mean else None)
     return table
 
 
-def _score(score: tuple[float | None, float | None]) -> str:
-    value, deviation = score
-    if value is None:
-        return ""
-    return f"{100 * value:.2f}" if deviation is None else f"{100 * value:.2f} ± {100 * deviation:.2f}"
-
-
-def _kinds(records: list[LayerRecord]) -> Table:
+def layer_table(records: list[LayerRecord]) -> Table:
+    """Show the relative errors and the solver's time, one row per kind of layer."""
     table = Table("layers", title="Relative error ‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖²")
     for heading in ("count", "geometric mean", "worst", "in block", "solver s"):
         table.add_column(heading, justify="right")
     kinds: dict[str, list[LayerRecord]] = {}
     for record in records:
-        kinds.setdefault(kind_of(record), []).append(record)
+        kinds.setdefault(record.layer, []).append(record)
     for kind, members in kinds.items():
         worst = max(members, key=lambda record: record.relative_error)
         positive = [record.relative_error for record in members if record.relative_error > 0]
@@ -73,8 +57,3 @@ def _kinds(records: list[LayerRecord]) -> Table:
             f"{sum(record.seconds for record in members):.1f}",
         )
     return table
-
-
-def kind_of(record: LayerRecord) -> str:
-    """The layer's name within its block, such as `self_attn.q_proj`."""
-    return record.name.split(f".{record.block}.", 1)[-1]

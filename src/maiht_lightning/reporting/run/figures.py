@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from math import ceil, isfinite, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...records import LayerRecord
+from ...records import LayerRecord, Stages
 from ..figure_style import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, blank_figure, save_png, tidy
-from ..formats import error, in_order, perplexity
+from ..formats import error, perplexity
 from ..summary import Summary
-from .console import kind_of
 from .objective import objective_figure
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def draw_figures(folder: Path, summary: Summary, records: list[LayerRecord]) -> 
     Args:
         folder: Where the PNG files go; made if it does not exist.
         summary: The run's summary.
-        records: One record a layer.
+        records: One record per layer.
 
     Returns:
         Path by the figure's name: `stages`, `relative_error`, `objective` and `kept`. A figure is absent where
@@ -49,7 +48,7 @@ def draw_figures(folder: Path, summary: Summary, records: list[LayerRecord]) -> 
 
 
 def relative_error_figure(records: list[LayerRecord]) -> "Figure | None":
-    """Heat map of the relative errors, block by kind of layer; logarithmic where they span a decade."""
+    """Draw a heat map of the relative errors, block by kind of layer; logarithmic where they span a decade."""
     if not records:
         return None
     import numpy as np
@@ -58,7 +57,7 @@ def relative_error_figure(records: list[LayerRecord]) -> "Figure | None":
     blocks, kinds = sorted({record.block for record in records}), _kinds(records)
     table = np.full((len(kinds), blocks[-1] - blocks[0] + 1), nan)
     for record in records:
-        table[kinds.index(kind_of(record)), record.block - blocks[0]] = record.relative_error
+        table[kinds.index(record.layer), record.block - blocks[0]] = record.relative_error
     positive = [r.relative_error for r in records if r.relative_error > 0 and isfinite(r.relative_error)] or [1.0]
     low, high = min(positive), max(positive)
     logarithmic = high > 10 * low
@@ -105,7 +104,7 @@ def relative_error_figure(records: list[LayerRecord]) -> "Figure | None":
 
 
 def _kinds(records: list[LayerRecord]) -> list[str]:
-    return list(dict.fromkeys(kind_of(record) for record in records))
+    return list(dict.fromkeys(record.layer for record in records))
 
 
 def _whole_numbers(axes: "Axes") -> None:
@@ -118,10 +117,9 @@ def _whole_numbers(axes: "Axes") -> None:
 
 
 def stages_figure(summary: Summary) -> "Figure | None":
-    """Perplexity by stage and the tasks' accuracies by stage; a panel is absent where nothing was measured."""
-    stages = in_order(summary.stages)
-    texts = list(dict.fromkeys(text for stage in stages.values() for text in stage.get("perplexity", {})))
-    tasks = list(dict.fromkeys(task for stage in stages.values() for task in stage.get("tasks", {})))
+    """Draw the perplexities and the tasks' accuracies by stage; a panel is absent where nothing was measured."""
+    stages = summary.stages.in_order()
+    texts, tasks = stages.texts, stages.tasks
     if not texts and not tasks:
         return None
     height = max(3.2, 1.5 + 0.36 * (len(tasks) + 1)) if tasks else 3.2
@@ -131,10 +129,10 @@ def stages_figure(summary: Summary) -> "Figure | None":
     if texts and tasks:
         panels.set_width_ratios([min(1.2, 0.75 + 0.2 * len(texts)), 1.2])
     if texts:
-        _draw_perplexities(figure.add_subplot(panels[0]), stages, texts)
+        _draw_perplexities(figure.add_subplot(panels[0]), stages)
     if tasks:
-        _draw_tasks(figure.add_subplot(panels[-1]), stages, tasks)
-    # One entry a stage, however many artists carry its name.
+        _draw_tasks(figure.add_subplot(panels[-1]), stages)
+    # One entry per stage, however many artists carry its name.
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -144,9 +142,10 @@ def stages_figure(summary: Summary) -> "Figure | None":
     return figure
 
 
-def _draw_perplexities(axes: "Axes", stages: dict[str, dict[str, Any]], texts: list[str]) -> None:
-    """Bars, one group a text and one bar a stage. What is not finite is a hatched bar to the top."""
-    values = [v for stage in stages.values() for v in stage.get("perplexity", {}).values() if isfinite(v) and v > 0]
+def _draw_perplexities(axes: "Axes", stages: Stages) -> None:
+    """Draw bars, one group per text and one bar per stage. What is not finite is a hatched bar to the top."""
+    texts = stages.texts
+    values = [v for stage in stages.values() for v in stage.perplexity.values() if isfinite(v) and v > 0]
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
     logarithmic = high > 10 * low
     bottom = low / 2 if logarithmic else 0.0
@@ -158,9 +157,9 @@ def _draw_perplexities(axes: "Axes", stages: dict[str, dict[str, Any]], texts: l
     for number, (name, stage) in enumerate(stages.items()):
         colour = stage_colour(name, number)
         for group, text in enumerate(texts):
-            value = stage.get("perplexity", {}).get(text)
-            if value is None:
+            if text not in stage.perplexity:
                 continue
+            value = stage.perplexity[text]
             place = group + (number - (len(stages) - 1) / 2) * width
             broken = not isfinite(value)
             drawn = top if broken else value
@@ -185,18 +184,17 @@ def _draw_perplexities(axes: "Axes", stages: dict[str, dict[str, Any]], texts: l
     axes.tick_params(axis="x", length=0)
 
 
-def _draw_tasks(axes: "Axes", stages: dict[str, dict[str, Any]], tasks: list[str]) -> None:
-    """One row a task and one for the mean, one mark a stage, with the tasks' standard errors."""
-    rows = ["mean", *tasks] if any(stage.get("mean_accuracy") is not None for stage in stages.values()) else tasks
+def _draw_tasks(axes: "Axes", stages: Stages) -> None:
+    """Draw one row per task and one for the mean, one mark per stage, with the tasks' standard errors."""
+    has_mean = any(stage.mean_accuracy is not None for stage in stages.values())
+    rows = ["mean", *stages.tasks] if has_mean else stages.tasks
     for number, (name, stage) in enumerate(stages.items()):
-        scores = {task: (m["acc"], m.get("acc_stderr")) for task, m in stage.get("tasks", {}).items() if "acc" in m}
-        if stage.get("mean_accuracy") is not None:
-            scores["mean"] = (stage["mean_accuracy"], None)
+        scores = {task: stage.score(task, "acc") for task in stage.tasks} | {"mean": (stage.mean_accuracy, None)}
         # Stages lie a little apart, so that close values hide neither each other nor their errors.
         shift = (number - (len(stages) - 1) / 2) * 0.2
         for row, task in enumerate(rows):
-            if task in scores:
-                value, deviation = scores[task]
+            value, deviation = scores.get(task, (None, None))
+            if value is not None:
                 axes.errorbar(
                     100 * value,
                     row + shift,
@@ -207,7 +205,7 @@ def _draw_tasks(axes: "Axes", stages: dict[str, dict[str, Any]], tasks: list[str
                     elinewidth=1.3,
                     label=name,
                 )
-    if rows[0] == "mean":
+    if has_mean:
         axes.axhline(0.5, color="#999999", linewidth=0.8)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -216,7 +214,7 @@ def _draw_tasks(axes: "Axes", stages: dict[str, dict[str, Any]], tasks: list[str
 
 
 def stage_colour(name: str, number: int) -> str:
-    """A stage's colour; those without one of their own get one by their place."""
+    """Choose a stage's colour; those without one of their own get one by their place."""
     return STAGE_COLOURS.get(name, (PURPLE, GREEN, SKY)[number % 3])
 
 
@@ -224,7 +222,7 @@ def stage_colour(name: str, number: int) -> str:
 
 
 def kept_figure(records: list[LayerRecord]) -> "Figure | None":
-    """Fraction of the weights that were kept, by block and by kind of layer."""
+    """Draw the fraction of the weights that were kept, by block and by kind of layer."""
     if not records:
         return None
     kinds = _kinds(records)
@@ -245,7 +243,7 @@ def kept_figure(records: list[LayerRecord]) -> "Figure | None":
         by_block.set_xticks(blocks)
     tidy(by_block, xlabel="decoder block", ylabel="weights kept, %", title=f"Kept by block; all: {overall:.2f} %")
 
-    values = [kept_percent([r for r in records if kind_of(r) == kind]) for kind in kinds]
+    values = [kept_percent([r for r in records if r.layer == kind]) for kind in kinds]
     bars = by_kind.barh(range(len(kinds)), values, height=0.7, color=BLUE)
     by_kind.bar_label(bars, fmt="%.1f", padding=3, fontsize=8, color=INK)
     by_kind.set_yticks(range(len(kinds)), kinds)
@@ -257,11 +255,11 @@ def kept_figure(records: list[LayerRecord]) -> "Figure | None":
 
 
 def kept_percent(records: Sequence[LayerRecord]) -> float:
-    """Percentage of the weights of these layers that are not zero."""
+    """Percentage of these layers' weights that are not zero."""
     total = sum(record.shape[0] * record.shape[1] for record in records)
     return 100 * (1 - sum(record.zeros for record in records) / total)
 
 
 def _ceiling(values: list[float]) -> float:
-    """The next round percentage with room for a label, at most a little above 100."""
+    """Find the next round percentage with room for a label, at most a little above 100."""
     return min(10 * ceil(max(values) * 1.12 / 10) or 10, 112)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...records import LayerRecord
 from ..figure_style import BLUE, GREEN, ORANGE, SKY, VERMILLION, WIDTH, blank_figure, tidy
 from ..formats import error
-from .console import kind_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +26,7 @@ class Course(NamedTuple):
 
 
 def objective_figure(records: list[LayerRecord]) -> "Figure | None":
-    """Course of the objective in the layers with the least, the median and the greatest relative error.
+    """Draw the course of the objective in the layers with the least, the median and the greatest relative error.
 
     Every course is divided by its last value, so that layers of any size share an axis. Below are the monitor's
     choices. Beside them is the refining, which the logarithm would hide; where there is no monitor the records do
@@ -56,7 +55,7 @@ def objective_figure(records: list[LayerRecord]) -> "Figure | None":
 
 
 def _choose(records: list[LayerRecord]) -> list[Course]:
-    """Up to three layers; a course that ends at 0, where nothing was lost, has no logarithm and is left out."""
+    """Choose up to three layers; a course that ends at 0, where nothing was lost, has no logarithm and is left out."""
     usable = [r for r in records if len(r.objective) > 1 and r.objective[-1] > 0 and all(map(isfinite, r.objective))]
     usable.sort(key=lambda record: record.relative_error)
     if len(usable) > 2:
@@ -70,7 +69,7 @@ def _draw_whole(axes: "Axes", courses: list[Course], monitored: bool) -> None:
     for course in courses:
         record = course.record
         values = [value / record.objective[-1] for value in record.objective]
-        label = f"{course.name} ({error(record.relative_error)}): block {record.block} {kind_of(record)}"
+        label = f"{course.name} ({error(record.relative_error)}): block {record.block} {record.layer}"
         axes.plot(range(1, len(values) + 1), values, color=course.colour, linewidth=1.8, label=label)
         if monitored:
             _mark_exact(axes, course, values)
@@ -86,7 +85,7 @@ def _draw_whole(axes: "Axes", courses: list[Course], monitored: bool) -> None:
 
 
 def _draw_refining(axes: "Axes", courses: list[Course]) -> None:
-    """The last part of the courses, from the exact support on, in percent above their ends."""
+    """Draw the last part of the courses, from the exact support on, in percent above their ends."""
     for course in courses:
         objective, first = course.record.objective, course.exact
         values = [100 * (value / objective[-1] - 1) for value in objective]
@@ -103,7 +102,7 @@ def _mark_exact(axes: "Axes", course: Course, values: list[float]) -> None:
 
 
 def _draw_choices(axes: "Axes", courses: list[Course]) -> None:
-    """One strip a layer: which candidate the monitor took at each iteration."""
+    """Draw one strip per layer: which candidate the monitor took at each iteration."""
     from matplotlib.patches import Patch
 
     colours = _choice_colours()
@@ -139,7 +138,7 @@ def _draw_choices(axes: "Axes", courses: list[Course]) -> None:
 
 
 def _choice_colours() -> Any:
-    """Orange for the plain step, light blue for the accelerated one; rows that disagree lie between."""
+    """Map 0, the plain step, to orange and 1, the accelerated one, to light blue; rows that disagree lie between."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("choices", [ORANGE, "#F3EFE4", SKY])

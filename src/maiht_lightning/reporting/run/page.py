@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from ...records import LayerRecord
 from .. import formats
 from ..html import picture, render
-from ..summary import Summary, task_table
-from .console import kind_of
+from ..summary import Summary
+from .stages import stage_rows
 
 LISTED_LAYERS = 8
 CAPTIONS = {
@@ -31,13 +31,6 @@ class Tile(NamedTuple):
     note: str
 
 
-class Measure(NamedTuple):
-    """A row of the stage table: what was measured, and its value at each stage."""
-
-    name: str
-    values: list[str]
-
-
 def write_page(
     folder: Path,
     summary: Summary,
@@ -52,7 +45,7 @@ def write_page(
     Args:
         folder: The run's folder; its `config.yaml` is shown if there is one.
         summary: The run's summary.
-        records: One record a layer.
+        records: One record per layer.
         figures: PNG files by name, in the order in which to show them; see `draw_figures`.
         settings: What was asked for; nested dictionaries are fine.
         environment: See `environment`.
@@ -61,7 +54,7 @@ def write_page(
     Returns:
         The page's path.
     """
-    stages = formats.in_order(summary.stages)
+    stages = summary.stages.in_order()
     config = folder / "config.yaml"
     blocks = len({record.block for record in records})
     title = f"{formats.method_name(summary.method)}: {100 * summary.sparsity:g} % {summary.pattern}"
@@ -72,11 +65,10 @@ def write_page(
         lead=f"{len(records)} linear layers in {blocks} decoder block{'s'[: blocks != 1]}, pruned in one shot.",
         headline=headline(summary, records),
         stages=list(stages),
-        measures=stage_table(stages),
+        measures=stage_rows(stages),
         pictures=[picture(path, name, CAPTIONS.get(name, "")) for name, path in figures.items()],
         worst=sorted(records, key=lambda record: -record.relative_error)[:LISTED_LAYERS],
         slowest=sorted(records, key=lambda record: -record.seconds)[:LISTED_LAYERS],
-        kind_of=kind_of,
         cost=cost(summary),
         environment=environment,
         settings=formats.flatten(settings),
@@ -89,16 +81,14 @@ def write_page(
 
 
 def headline(summary: Summary, records: list[LayerRecord]) -> list[Tile]:
-    """The result in a few numbers."""
-    stages = formats.in_order(summary.stages)
+    """Say the result in a few numbers."""
+    stages = summary.stages.in_order()
     zeros = sum(record.zeros for record in records)
     tiles = [Tile("zeros, counted", f"{100 * summary.measured_sparsity:.4f} %", f"{zeros:,} weights")]
-    for text in dict.fromkeys(text for stage in stages.values() for text in stage.get("perplexity", {})):
-        values = {
-            name: stage["perplexity"][text] for name, stage in stages.items() if text in stage.get("perplexity", {})
-        }
+    for text in stages.texts:
+        values = {name: stage.perplexity[text] for name, stage in stages.items() if text in stage.perplexity}
         tiles.append(Tile(f"perplexity, {text}", " → ".join(map(formats.perplexity, values.values())), _ratio(values)))
-    means = {name: stage["mean_accuracy"] for name, stage in stages.items() if stage.get("mean_accuracy") is not None}
+    means = {name: mean for name, stage in stages.items() if (mean := stage.mean_accuracy) is not None}
     if means:
         course = " → ".join(f"{100 * mean:.1f}" for mean in means.values())
         tiles.append(Tile("mean accuracy of the tasks", f"{course} %", " → ".join(means)))
@@ -122,37 +112,9 @@ def _ratio(perplexities: dict[str, float]) -> str:
     return f"{arrow}: × {values[-1] / values[0]:.3g}"
 
 
-def stage_table(stages: dict[str, dict[str, Any]]) -> list[Measure]:
-    """Rows of the stage table: perplexities, the tasks' metrics with their standard errors, and the mean."""
-    rows = [
-        Measure(
-            f"perplexity, {text}",
-            [_cell(stage.get("perplexity", {}).get(text), formats.perplexity) for stage in stages.values()],
-        )
-        for text in dict.fromkeys(text for stage in stages.values() for text in stage.get("perplexity", {}))
-    ]
-    _, tasks = task_table(stages)
-    for task, metric, *values in tasks:
-        scores = zip(values[::2], values[1::2], strict=True)
-        rows.append(Measure(f"{task} {metric}, %", [_score(*score) for score in scores]))
-    means = [stage.get("mean_accuracy") for stage in stages.values()]
-    if any(mean is not None for mean in means):
-        rows.append(Measure("mean accuracy, %", [_cell(mean, formats.percent) for mean in means]))
-    return rows
-
-
-def _score(value: float | None, deviation: float | None) -> str:
-    score = _cell(value, formats.percent)
-    return score if deviation is None else f"{score} ± {formats.percent(deviation)}"
-
-
-def _cell(value: float | None, form: Any) -> str:
-    return formats.DASH if value is None else form(value)
-
-
 def cost(summary: Summary) -> dict[str, str]:
-    """Wall-clock time by phase, their sum, and the highest memory."""
-    rows = {name: formats.duration(seconds) for name, seconds in summary.seconds.items()}
+    """Write the wall-clock time per phase, their sum, and the highest memory."""
+    rows = {name: formats.duration(seconds) for name, seconds in summary.seconds_in_order.items()}
     if len(rows) > 1:
         rows["sum"] = formats.duration(sum(summary.seconds.values()))
     if summary.peak_memory_bytes:
