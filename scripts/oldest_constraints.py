@@ -1,6 +1,6 @@
 """Print constraints that pin every dependency to the oldest version that pyproject.toml allows.
 
-    python scripts/oldest_constraints.py > oldest.txt
+python scripts/oldest_constraints.py > oldest.txt
 """
 
 import re

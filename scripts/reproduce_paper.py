@@ -2,8 +2,8 @@
 
 Perplexity on WikiText-2 and the seven zero-shot tasks, dense and pruned, nothing fine-tuned. Every pruning is a run in
 a folder of its own, `OUTPUT_DIR/SETTING-METHOD-SEED`. Started again with the same `--output_dir`, the script resumes
-where it was: finished runs are not repeated, and an unfinished one resumes from its journal. At the end all figures stand
-in `OUTPUT_DIR/results.json`, of which `scripts/render_docs.py` makes the tables in the documentation.
+where it was: finished runs are not repeated, and an unfinished one resumes from its journal. At the end all figures
+stand in `OUTPUT_DIR/results.json`, of which `scripts/render_docs.py` makes the tables in the documentation.
 
     python scripts/reproduce_paper.py                             # LLaMA-7B, one 80 GB GPU
     python scripts/reproduce_paper.py --preset smollm2 --tasks    # SmolLM2-135M on a CPU, hours; no tasks

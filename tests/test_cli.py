@@ -79,7 +79,8 @@ def test_second_run_never_dies_and_a_saved_configuration_runs_again(options, tmp
 @pytest.mark.slow
 def test_wandb_offline_twice(options, tmp_path):
     import wandb
-    from wandb_file import read_run
+
+    from helpers.wandb_file import read_run
 
     logger = '{"class_path": "WandbLogger", "init_args": {"offline": true, "project": "test"}}'
     for name in ("one", "two"):

@@ -163,7 +163,7 @@ def test_a_killed_process_ends_the_others(tmp_path):
 
 TRAIN = """
     from lightning.pytorch.strategies import DDPStrategy
-    from own_module import NoTokenizer, OwnModule, Windows, trainer as make_trainer
+    from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer as make_trainer
     from maiht_lightning import MAIHTPruning, SparseFinetune, sparse_finetune
     from maiht_lightning.callbacks import pruning as callback
     from maiht_lightning.evaluation.evaluation import Evaluation, LoadedEvaluation

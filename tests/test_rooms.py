@@ -24,7 +24,17 @@ KNOWS = {
     "evaluation": {"capture", "data", "distributed", "models"},
     "reporting": {"models"},
     "estimate": {"capture", "models", "reporting", "solvers"},
-    "callbacks": {"capture", "data", "distributed", "evaluation", "models", "pruning", "recovery", "reporting", "solvers"},
+    "callbacks": {
+        "capture",
+        "data",
+        "distributed",
+        "evaluation",
+        "models",
+        "pruning",
+        "recovery",
+        "reporting",
+        "solvers",
+    },
 }
 KNOWS["training"] = KNOWS["callbacks"] | {"callbacks"}
 KNOWS["commands"] = KNOWS["training"] | {"estimate"}

@@ -7,7 +7,7 @@ import torch
 from test_capture import VOCABULARY, make
 
 from maiht_lightning.capture.block_inputs import record_inputs
-from maiht_lightning.capture.grams import accumulate_grams, add_gram, advance, mirror_, slice_rows
+from maiht_lightning.capture.grams import accumulate_grams, add_gram, mirror_, slice_rows
 from maiht_lightning.models.blocks import find_blocks
 
 
@@ -29,11 +29,14 @@ def test_on_the_way_through_the_block_before_batches_get_its_arguments():
     model = make("gemma3")
     blocks = find_blocks(model).modules
     windows = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
-    batches = record_inputs(model, blocks, windows, 2)
-    other = copy.deepcopy(batches)
-    advance(blocks[0], other, 0)
-    expected = accumulate_grams(blocks[1], other, 1)
-    found = accumulate_grams(blocks[1], batches, 1, before=blocks[0])
+    inputs = record_inputs(model, blocks, windows.split(2))
+    other = copy.deepcopy(inputs)
+    other.pass_through(blocks[0])
+    for _ in other:  # all batches before the next block is looked at
+        pass
+    expected = accumulate_grams(blocks[1], other)
+    inputs.pass_through(blocks[0])
+    found = accumulate_grams(blocks[1], inputs)
     assert [group.names for group in found] == [group.names for group in expected]
     for one, two in zip(found, expected, strict=True):
         assert torch.equal(one.gram, two.gram)

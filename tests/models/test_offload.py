@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from maiht_lightning.capture.hidden_states import choose_storage, keeping
+from maiht_lightning.capture.hidden_states import HiddenStateStore, choose_storage
 from maiht_lightning.cli import main
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.models.blocks import find_blocks
@@ -250,12 +250,12 @@ def test_hidden_states_wait_for_a_gpu_in_pinned_memory(monkeypatch):
         return empty(*shape, **settings)
 
     monkeypatch.setattr(torch, "empty", note)
-    with keeping("host", torch.device("cuda")) as keep:
-        assert torch.equal(keep(hidden), hidden)
-    with keeping("host", META) as keep:
-        assert keep(hidden).device == hidden.device
-    with keeping("device", META) as keep:
-        assert keep(hidden).is_meta
+    with HiddenStateStore("host", torch.device("cuda")) as store:
+        assert torch.equal(store.put(hidden), hidden)
+    with HiddenStateStore("host", META) as store:
+        assert store.put(hidden).device == hidden.device
+    with HiddenStateStore("device", META) as store:
+        assert store.put(hidden).is_meta
     assert asked == [True, False]
 
 

@@ -163,7 +163,7 @@ def test_what_an_earlier_process_wrote_is_taken_over(tmp_path):
     assert list(again.summary.stages) == ["dense", "pruned"]
     # Whoever has measured something by then keeps that.
     other = recorder(tmp_path)
-    other.stage("dense", StageResult({"a": 9.0}))
+    other.summary.stages["dense"] = StageResult({"a": 9.0})
     other.reload()
     assert other.summary.stages == {"dense": StageResult({"a": 9.0})}
     fresh = recorder(tmp_path / "nowhere")

@@ -174,7 +174,8 @@ def test_a_fit_resumed_after_its_pruning_goes_on_in_its_folder(options):
 @pytest.mark.slow
 def test_wandb_goes_on_with_the_same_run_and_axis(options, tmp_path):
     import wandb
-    from wandb_file import read_run
+
+    from helpers.wandb_file import read_run
 
     logger = '{"class_path": "WandbLogger", "init_args": {"offline": true, "project": "test"}}'
     main(["fit", *options, "--output_dir", "out", "--trainer.logger", logger])

@@ -153,8 +153,9 @@ class MAIHTPruning(Callback):
 
     @property
     def recorder(self) -> RunRecorder:
-        """Where this run's results go; there is none before `prepare`."""
-        assert self._recorder is not None
+        """Where this run's results go."""
+        if self._recorder is None:
+            raise RuntimeError("nothing is recorded before the run has begun: call fit, or prepare, first")
         return self._recorder
 
     @property

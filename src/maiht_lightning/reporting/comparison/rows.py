@@ -53,7 +53,7 @@ def comparison(runs: list[Run]) -> Comparison:
         ValueError: There are no runs.
     """
     if not runs:
-        raise ValueError("a comparison needs at least one run, but found none")
+        raise ValueError("`runs` must hold at least one run, but found none: name the folders of finished runs")
     rows = _dense_rows(runs) + sorted(_pruned_rows(runs), key=lambda row: (_pattern_order(row.pattern), row.sparsity))
     _mark_best(rows)
     return Comparison(rows)

@@ -1,4 +1,4 @@
-"""What was measured at each stage of a run, as rows: for the terminal, the page and the loggers' tables."""
+"""What was measured at each stage of a run, as rows for the terminal and for the page."""
 
 from typing import NamedTuple
 
