@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maiht_lightning.reporting.comparison.rows import draw_comparison
+from maiht_lightning.records import StageResult, Stages
+from maiht_lightning.reporting.comparison.figure import draw_rows
+from maiht_lightning.reporting.comparison.rows import comparison
 from maiht_lightning.reporting.comparison.runs import Run
 from maiht_lightning.reporting.formats import method_name, perplexity
 from maiht_lightning.reporting.summary import Summary
@@ -136,7 +138,7 @@ def as_runs(found: dict[str, Any]) -> list[Run]:
     """The results as the runs from which they were taken, as far as a figure needs them."""
     runs = []
     for run in found["runs"]:
-        stages = {"dense": found["dense"], "pruned": {"perplexity": run["perplexity"]}}
+        stages = Stages({"dense": StageResult.from_json(found["dense"]), "pruned": StageResult(run["perplexity"])})
         summary = Summary(run["method"], run["sparsity"], run["pattern"], run["measured_sparsity"], stages)
         name = Path(f"{run['setting']}-{run['method']}-{run['seed']}")
         runs.append(Run(name, summary, run["mean_relative_error"], {}, (str(run["seed"]),)))
@@ -159,7 +161,7 @@ def main() -> None:
         from PIL.PngImagePlugin import PngInfo
 
         found = json.loads((RESULTS / "smollm2.json").read_text())
-        draw_comparison(FIGURE, as_runs(found))
+        draw_rows(FIGURE, comparison(as_runs(found)).rows)
         note = PngInfo()
         note.add_text("results", digest(found))
         with Image.open(FIGURE) as image:

@@ -216,7 +216,7 @@ def one_run(
         found = measurement.measure(model, tokenizer, stage="pruned")
     # With this the run counts as finished: all that a comparison needs is on disk.
     recorder.stage("pruned", found)
-    recorder.finish_pruning(report.layers)
+    recorder.finish_pruning(report)
     # The blocks' weights have done their duty, and 25 copies of a model would fill the disk.
     for file in (folder / "journal").glob("*.safetensors"):
         file.unlink()

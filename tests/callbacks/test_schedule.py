@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_distillation import definition
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from helpers.divergence import definition
 from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
 from helpers.sharp_model import sharpen
 from maiht_lightning import (

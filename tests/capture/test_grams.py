@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_capture import VOCABULARY, make
 
+from helpers.families import VOCABULARY, make
 from maiht_lightning.capture.block_inputs import record_inputs
 from maiht_lightning.capture.grams import accumulate_grams, add_gram, mirror_, slice_rows
 from maiht_lightning.models.blocks import find_blocks

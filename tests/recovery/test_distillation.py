@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from helpers.divergence import definition
 from maiht_lightning import CausalLMModule, FrozenSparsity, prune, save_compact
 from maiht_lightning.callbacks.distillation import Distillation
 from maiht_lightning.recovery import distillation as core
@@ -19,18 +20,6 @@ pytestmark = pytest.mark.slow
 
 BATCHES = torch.randint(0, 64, (100, 4, 16), generator=torch.Generator().manual_seed(3))
 STEPS = 10
-
-
-def definition(student, teacher, labels, temperature=1.0):
-    """Σ p·ln(p/q) with p and q by softmax, in float64, token by token."""
-    found = []
-    for i, row in enumerate(labels):
-        for j, label in enumerate(row[1:]):
-            if label != -100:
-                p = torch.softmax(teacher[i, j].double() / temperature, -1)
-                q = torch.softmax(student[i, j].double() / temperature, -1)
-                found.append((p * (p / q).log()).sum())
-    return temperature**2 * sum(found) / len(found)
 
 
 def logits_and_labels(dtype=torch.float32, scale=3.0):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_frozen import BATCHES, Module, check, loss_of, masks_of, trainer
 
+from helpers.frozen_fit import BATCHES, Module, check, loss_of, masks_of, trainer
 from maiht_lightning import FrozenSparsity, freeze
 
 

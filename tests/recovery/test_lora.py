@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_frozen import BATCHES, Module, trainer
 from transformers import AutoModelForCausalLM
 
+from helpers.frozen_fit import BATCHES, Module, trainer
 from maiht_lightning import FrozenSparsity, freeze, prune
 from maiht_lightning.models.sparsity import count_zeros
 from maiht_lightning.recovery.lora import MaskedLinear, MaskedProduct, mask_lora

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_solvers_reference import FLOAT64, make_problem
 
 from helpers.counts import check_zeros
+from helpers.problems import FLOAT64, make_problem
 from maiht_lightning.solvers import (
     METHODS,
     LayerSolver,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_solvers_reference import FLOAT64, make_problem
 
+from helpers.problems import FLOAT64, make_problem
 from maiht_lightning.solvers import MAIHTConfig, parse_pattern, prune_layer
 from maiht_lightning.solvers.maiht import HardThresholding, initial_penalty, step_size
 from maiht_lightning.solvers.problem import largest_eigenvalue, scale_gram, scale_weight

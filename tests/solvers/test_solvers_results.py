@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from maiht_lightning.solvers import METHODS, MAIHTConfig, prune_layer
-from maiht_lightning.solvers.layer import Method
+from maiht_lightning.solvers.methods import Method
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

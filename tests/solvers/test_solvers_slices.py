@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_solvers_reference import FLOAT64, make_problem
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from helpers.problems import FLOAT64, make_problem
 from maiht_lightning.solvers import MAIHTConfig, prune_layer
 from maiht_lightning.solvers.problem import relative_error, scale_gram
 from maiht_lightning.solvers.slices import MATRICES, Slices, rows_within

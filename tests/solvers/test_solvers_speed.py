@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_solvers_reference import make_problem
 
+from helpers.problems import make_problem
 from maiht_lightning.solvers import MAIHTConfig, prune_layer
 from maiht_lightning.solvers.maiht import step_size
 from maiht_lightning.solvers.precision import float32_products

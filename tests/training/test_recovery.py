@@ -361,8 +361,7 @@ def test_two_processes_as_one_with_the_same_batch(options, tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_model(tiny_llama):
-    from test_frozen import BATCHES, Module, trainer
-
+    from helpers.frozen_fit import BATCHES, Module, trainer
     from maiht_lightning import FrozenSparsity, prune
 
     losses = []
