@@ -112,7 +112,7 @@ def tiny_llama(request):
 @pytest.fixture(scope="session")
 def sharp_llama(tiny_llama):
     """A function like `tiny_llama`: its model knows the language of `sharp_model`, so that perplexities tell much."""
-    from sharp_model import VOCABULARY, sharpen
+    from helpers.sharp_model import VOCABULARY, sharpen
 
     return lambda seed=0, **config: sharpen(tiny_llama(vocab_size=VOCABULARY, seed=seed, **config), seed)
 
@@ -144,8 +144,7 @@ def tiny_folder(tokenizer, tmp_path_factory):
 @pytest.fixture
 def text(monkeypatch):
     """Evaluation windows without a tokenizer, in the language of `sharp_model`."""
-    from sharp_model import language
-
+    from helpers.sharp_model import language
     from maiht_lightning.evaluation.evaluation import Evaluation, LoadedEvaluation
 
     windows = language(4, 32, seed=2)
@@ -156,4 +155,4 @@ def text(monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     """No figures are drawn for a run, which would take longer than a small fit and its pruning."""
-    monkeypatch.setattr("maiht_lightning.reporting.run.report.draw_figures", lambda *_: {})
+    monkeypatch.setattr("maiht_lightning.reporting.recorder.draw_figures", lambda *_: {})

@@ -136,7 +136,7 @@ def test_what_is_printed_and_written_at_the_end_equals_measurements(options, byt
     values = [f"{summary['stages'][name]['perplexity']['python_docs']:.3f}" for name in ("dense", "pruned")]
     assert values[0] != values[1]
     assert cells(printed, "measure") == ["measure", "dense", "pruned"]
-    assert cells(printed, "perplexity python_docs") == ["perplexity python_docs", *values]
+    assert cells(printed, "perplexity, python_docs") == ["perplexity, python_docs", *values]
 
     weights = {name: w for name, w in pruned.named_parameters() if name.endswith("_proj.weight")}
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}

@@ -22,7 +22,7 @@ from helpers.own_module import OwnModule
 from helpers.small_texts import SCRIPTS, load_script, run_script, write_texts
 from maiht_lightning import cli, commands
 from maiht_lightning.distributed import Ranks
-from maiht_lightning.solvers import METHODS, LayerSolver, parse_pattern
+from maiht_lightning.solvers import METHODS, LayerSolver, PruningSpec, parse_pattern
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md")
@@ -299,7 +299,12 @@ def test_the_readmes_notebook_prunes(namespace):
 
 def test_the_readmes_schedule_is_one():
     pruning = eval(snippet("prune_at="), {"MAIHTPruning": maiht_lightning.MAIHTPruning})
-    assert [(shot.name, shot.sparsity) for shot in pruning.shots] == [("epoch:1", 0.3), ("epoch:2", 0.5), ("end", 0.6)]
+    steps = [(step.name, step.sparsity) for step in pruning.schedule]
+    assert steps == [("epoch:1", 0.3), ("epoch:2", 0.5), ("end", 0.6)]
+        ("epoch:1", 0.3),
+        ("epoch:2", 0.5),
+        ("end", 0.6),
+    ]
 
 
 def test_the_readmes_yaml_is_a_configuration(tmp_path, capsys):
@@ -401,7 +406,7 @@ def test_products_of_the_solver():
     """131 products with the Gram matrix at 50 + 30 iterations, and two more for the relative error."""
     assert "50 + 30 iterations costs 131 products" in " ".join(TEXTS["README.md"].split())
     weight, inputs = torch.randn(64, 32), torch.randn(80, 32)
-    solver = LayerSolver(inputs.T @ inputs)
+    solver = LayerSolver(inputs.T @ inputs, PruningSpec.parse())
     with FlopCounterMode(display=False) as all_of_it:
         result = solver.prune(weight)
     from maiht_lightning.solvers.problem import relative_error

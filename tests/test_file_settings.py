@@ -42,7 +42,7 @@ def dense(tmp_path_factory):
 def run(dense, tmp_path, monkeypatch):
     """A function that writes a file with these settings of the pruning and runs a command with it, in `out`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("maiht_lightning.reporting.run.report.draw_figures", lambda *_: {})
+    monkeypatch.setattr("maiht_lightning.reporting.recorder.draw_figures", lambda *_: {})
 
     def run(pruning, *options, command="prune", **sections):
         trainer = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}

@@ -336,7 +336,7 @@ def test_layers_that_run_on_every_token_are_not():
             hidden = hidden + self.first(hidden)
             return self.left(hidden) + self.right(hidden)
 
-    assert [group.names for group in accumulate_grams(Pair(), batches, 0)] == [["first"], ["left", "right"]]
+    assert [group.names for group in accumulate_grams(Pair(), batches)] == [["first"], ["left", "right"]]
 
     class Heads(nn.Module):
         def __init__(self):

@@ -23,6 +23,7 @@ from maiht_lightning.estimate.plan import Job, estimate, gram_flops
 from maiht_lightning.estimate.run import predict_pruning
 from maiht_lightning.estimate.shape import ModelShape
 from maiht_lightning.estimate.solver import count_solver
+from maiht_lightning.solvers import PruningSpec
 
 LLAMA_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -127,7 +128,7 @@ def test_bytes_that_all_but_the_products_move(llama):
     # mAIHT, an iteration: the extrapolation 11, for each of two candidates thresholding 8, residual 3, loss 4 and step
     # 3; a step of the refining 13. What is done once, such as choosing the exact support, is a tenth of it at most.
     passes = 50 * (11 + 2 * 18) + 31 * 13
-    assert count_solver("maiht", "unstructured", 0.5, MAIHTConfig()).moved == pytest.approx(1.05 * 4 * passes, rel=0.06)
+    assert count_solver(PruningSpec.parse()).moved == pytest.approx(1.05 * 4 * passes, rel=0.06)
     # Without gradients, bfloat16: two norms, computed in float32, of about 40 bytes an entry; rotary embeddings of q
     # and k with about 22 each; attention 8; two residual additions of 6. The MLP's activation and product, 10.
     forward = 4096 * (2 * 40 + 2 * 22 + 8 + 2 * 6) + 11008 * 10
@@ -163,7 +164,7 @@ def test_seconds_are_operations_and_bytes_over_the_data_sheets_speeds(llama, gpu
     block, head = llama.block_counts(2), llama.head_counts(2)
     seconds = {name: phase.seconds for name, phase in phases_of(llama, Job(train_steps=10), gpu).items()}
     flops = {name: phase.flops for name, phase in phases_of(llama, Job(train_steps=10), gpu).items()}
-    moved = count_solver("maiht", "unstructured", 0.5, MAIHTConfig()).moved * 32 * LINEARS
+    moved = count_solver(PruningSpec.parse()).moved * 32 * LINEARS
     assert seconds["solve"] == pytest.approx(flops["solve"] / single + moved / bandwidth, rel=0.01)
     in_tf32 = phases_of(llama, Job(config=MAIHTConfig(precision="tf32")), gpu)["solve"].seconds
     assert in_tf32 == pytest.approx(flops["solve"] / tf32 + moved / bandwidth, rel=0.01)

@@ -35,7 +35,7 @@ def run(request, tmp_path_factory):
     pruning_began = pruning.run
     pruning.run = lambda *args: (trained.append(copy.deepcopy(module.net["lm"])), pruning_began(*args))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maiht_lightning.reporting.run.report.draw_figures", lambda *_: {})
+        patch.setattr("maiht_lightning.reporting.recorder.draw_figures", lambda *_: {})
         trainer(pruning).fit(module)
     return path, module.net["lm"].eval(), request.param, trained[0].eval()
 

@@ -147,7 +147,7 @@ def test_moments_from_before_the_pruning_are_cleared(sparse):
     prune(sparse, BATCHES[90], sparsity=0.6, method="wanda", progress=False)
     frozen = freeze(sparse)
     frozen.apply_to_optimizer(optimizer)
-    for name, kept in frozen.kept.items():
+    for name, kept in frozen.masks.items():
         zero = kept == 0
         state = optimizer.state[sparse.get_submodule(name).weight]
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -313,7 +313,7 @@ def test_moments_of_weights_that_are_frozen_later_are_zero(sparse):
     fit = trainer(frozen, Clock(5, more_zeros), max_steps=7)
     fit.fit(Module(sparse))
     (optimizer,) = fit.optimizers
-    for layer, kept in frozen.frozen.kept.items():
+    for layer, kept in frozen.masks.masks.items():
         held = sparse.get_submodule(layer).weight
         for moment in ("exp_avg", "exp_avg_sq"):
             assert not optimizer.state[held][moment][kept == 0].any(), layer

@@ -188,8 +188,8 @@ def test_switched_off_and_unmerged(sparse):
 def test_freezing_masks_adapters_and_lets_them_learn(sparse):
     model = get_peft_model(sparse, LoraConfig(r=4, target_modules="all-linear"))
     frozen = freeze(model)
-    assert len(frozen.kept) == 14
-    assert all(name.endswith(".base_layer") for name in frozen.kept)
+    assert len(frozen.masks) == 14
+    assert all(name.endswith(".base_layer") for name in frozen.masks)
     assert sum(isinstance(layer, MaskedLinear) for layer in model.modules()) == 14
 
 

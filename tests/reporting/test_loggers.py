@@ -14,6 +14,7 @@ from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
 from helpers.wandb_file import finished_records, read_run, records
 from maiht_lightning import FrozenSparsity, MAIHTConfig, MAIHTPruning
 from maiht_lightning.estimate.devices import SHEETS
+from maiht_lightning.records import StageResult, Stages
 from maiht_lightning.reporting.loggers import finish_pruning, log_block, log_stage
 from maiht_lightning.reporting.summary import Summary
 
@@ -31,7 +32,7 @@ def run(tiny_llama, text, tmp_path, monkeypatch):
 
     def run(logger, *, figures=False, config=QUICK, **settings):
         if not figures:
-            monkeypatch.setattr("maiht_lightning.reporting.run.report.draw_figures", lambda *_: {})
+            monkeypatch.setattr("maiht_lightning.reporting.recorder.draw_figures", lambda *_: {})
         module = OwnModule(tiny_llama(vocab_size=64).train())
         module.tokenizer = NoTokenizer()
         callback = MAIHTPruning(calibration=Windows(), config=config, output_dir=str(tmp_path / "run"), **settings)
@@ -115,13 +116,13 @@ def test_a_failing_logger_is_named_and_the_others_get_everything(tmp_path):
         def log_metrics(self, metrics, step=None):
             raise ConnectionError("no network")
 
-    summary = Summary("maiht", 0.5, "row", 0.5, {}, {"solve": 2.0}, 3, {"solve": {"seconds": 4.0, "flops": 5.0}})
+    summary = Summary("maiht", 0.5, "row", 0.5, Stages(), {"solve": 2.0}, 3, {"solve": {"seconds": 4.0, "flops": 5.0}})
     good = CSVLogger(tmp_path)
     for loggers in ([Broken(tmp_path), good], [good, Broken(tmp_path)]):
         with pytest.warns(UserWarning, match=r"Broken could not log the pruning: ConnectionError\('no network'\)"):
             finish_pruning(loggers, summary, [], {"solve": 2.5}, 7)
         with pytest.warns(UserWarning, match="Broken could not log the pruning"):
-            log_stage(loggers, "dense", {"tasks": {"boolq": {"acc": 0.25}}, "mean_accuracy": 0.75, "sparsity": 0.1}, 7)
+            log_stage(loggers, "dense", StageResult(tasks={"boolq": {"acc": 0.25}, "rte": {"acc": 0.75}}), 7)
     good.save()
     assert csv_values(good) == {
         "step": 7,
@@ -131,8 +132,8 @@ def test_a_failing_logger_is_named_and_the_others_get_everything(tmp_path):
         "predicted/solve_seconds": 4.0,
         "tflops/solve": 2.5,
         "dense/tasks/boolq/acc": 0.25,
-        "dense/mean_accuracy": 0.75,
-        "dense/sparsity": 0.1,
+        "dense/tasks/rte/acc": 0.75,
+        "dense/mean_accuracy": 0.5,
     }
 
 

@@ -128,7 +128,7 @@ def test_a_run_without_a_trainer_is_recorded_whole(tmp_path):
     assert run.summary.seconds == {"capture": 1.5, "solve": 3.0, "evaluate": run.summary.seconds["evaluate"]}
     assert run.summary.peak_memory_bytes > 0
     assert run.mean_relative_error == 0.25
-    record.finish_pruning(report().layers)
+    record.finish_pruning(report())
     assert logger.noted["dense/perplexity/a"] == (2.0, 7)
     assert logger.noted["pruned/mean_accuracy"] == (0.5, 7)
     assert logger.noted["prune/relative_error/mlp.up_proj"] == (0.1, 0)
@@ -145,7 +145,7 @@ def test_other_processes_know_the_same_and_write_nothing(tmp_path, capsys):
     record.block(report().layers)
     record.pruned(report())
     record.stage("pruned", StageResult({"a": 3.0}))
-    record.finish_pruning(report().layers)
+    record.finish_pruning(report())
     record.finish_finetuning(report().layers)
     assert record.summary.stages == {"pruned": StageResult({"a": 3.0})}
     assert (record.summary.measured_sparsity, record.summary.seconds["solve"]) == (0.5, 2.0)
@@ -172,10 +172,10 @@ def test_what_an_earlier_process_wrote_is_taken_over(tmp_path):
 
 
 def test_only_a_saved_model_is_said_to_load(tmp_path, capsys):
-    recorder(tmp_path).finish_pruning(report().layers)
+    recorder(tmp_path).finish_pruning(report())
     assert "from_pretrained" not in capsys.readouterr().out
     (tmp_path / "model").mkdir()
-    recorder(tmp_path).finish_pruning(report().layers)
+    recorder(tmp_path).finish_pruning(report())
     assert "from_pretrained" in capsys.readouterr().out
 
 

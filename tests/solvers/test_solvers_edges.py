@@ -331,7 +331,7 @@ def test_by_default_it_is_the_papers_at_half_the_weights():
     everything = {"sparsity": 0.5, "pattern": "unstructured", "method": "maiht"}
     expected = prune_layer(weight, gram, **everything, config=MAIHTConfig(**settings, **rest))
     others = [prune_layer(weight, gram, config=config) for config in (None, "paper")]
-    for found in (*others, prune_layer(weight, gram), LayerSolver(gram).prune(weight)):
+    for found in (*others, prune_layer(weight, gram), LayerSolver(gram, PruningSpec.parse()).prune(weight)):
         assert torch.equal(found.weight, expected.weight)
         assert found.objective == expected.objective
 

@@ -131,7 +131,7 @@ class RunRecorder:
 
     def _rates(self, report: PruningReport) -> dict[str, float]:
         """TFLOP/s by phase: what was predicted for a pruning, over the seconds of this one where it did just that."""
-        if report.resumed or self.settings["config"]["tolerance"]:
+        if not self.summary.predicted or report.resumed or self.settings["config"]["tolerance"]:
             # Blocks from the journal took no time here, and a solver that stops early leaves iterations out.
             return {}
         # Not the summary's, which are those of all shots.
