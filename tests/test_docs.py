@@ -301,10 +301,6 @@ def test_the_readmes_schedule_is_one():
     pruning = eval(snippet("prune_at="), {"MAIHTPruning": maiht_lightning.MAIHTPruning})
     steps = [(step.name, step.sparsity) for step in pruning.schedule]
     assert steps == [("epoch:1", 0.3), ("epoch:2", 0.5), ("end", 0.6)]
-        ("epoch:1", 0.3),
-        ("epoch:2", 0.5),
-        ("end", 0.6),
-    ]
 
 
 def test_the_readmes_yaml_is_a_configuration(tmp_path, capsys):

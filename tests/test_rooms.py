@@ -24,10 +24,12 @@ KNOWS = {
     "evaluation": {"capture", "data", "distributed", "models"},
     "reporting": {"models"},
     "estimate": {"capture", "models", "reporting", "solvers"},
+    # A run with a logger stands beside what it should take.
     "callbacks": {
         "capture",
         "data",
         "distributed",
+        "estimate",
         "evaluation",
         "models",
         "pruning",
@@ -37,7 +39,7 @@ KNOWS = {
     },
 }
 KNOWS["training"] = KNOWS["callbacks"] | {"callbacks"}
-KNOWS["commands"] = KNOWS["training"] | {"estimate"}
+KNOWS["commands"] = KNOWS["training"]
 KNOWS["cli"] = KNOWS["commands"] | {"training", "commands"}
 
 MAY_IMPORT_LIGHTNING = {"data/module.py", "reporting/loggers.py", "reporting/recorder.py"}

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
 from helpers.sharp_model import perplexity_by_definition
 from helpers.wandb_file import artifact_files, read_run
-from maiht_lightning import MAIHTPruning, prune
+from maiht_lightning import MAIHTPruning
 from maiht_lightning.models.sparsity import count_zeros
+from maiht_lightning.pruning.pruner import prune_model
 
 LAYERS = 14
 
@@ -133,9 +134,9 @@ def test_gradients_and_moments_are_freed_before_pruning(module, text, no_figures
     def look(model, *args, **kwargs):
         held["gradients"] = [p.grad for p in module.parameters() if p.grad is not None]
         held["moments"] = [len(optimizer.state) for optimizer in module.trainer.optimizers]
-        return prune(model, *args, **kwargs)
+        return prune_model(model, *args, **kwargs)
 
-    monkeypatch.setattr("maiht_lightning.callbacks.pruning.prune", look)
+    monkeypatch.setattr("maiht_lightning.callbacks.pruning_run.prune_model", look)
     trainer(pruning(tmp_path)).fit(module)
     assert held == {"gradients": [], "moments": [0]}
 

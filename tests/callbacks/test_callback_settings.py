@@ -29,7 +29,6 @@ from maiht_lightning.callbacks.language_model import find_language_model, find_t
 from maiht_lightning.data.calibration import CalibrationSource
 from maiht_lightning.data.python_docs import PythonDocsCalibration
 from maiht_lightning.evaluation.evaluation import Evaluation, context_length
-from maiht_lightning.pruning.block_pruner import PruningError
 from maiht_lightning.solvers import METHODS
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -219,8 +218,9 @@ def test_keep_zeros_keeps_those_of_the_model(tiny_llama, tmp_path):
 
 def test_a_memory_budget_is_kept_to(module, tmp_path):
     rows = 11 * 32 * 4  # of the layer with most inputs
-    with pytest.raises(PruningError, match=f"memory_budget must hold at least one row .* {rows} bytes"):
+    with pytest.raises(MisconfigurationException, match=f"memory_budget must hold at least one row .* {rows} bytes"):
         fit(tmp_path / "small", module, config=replace(FAST, memory_budget=rows - 1))
+    assert module.trainer.global_step == 0
     budget = replace(FAST, memory_budget=7 * rows)
     watch = fit(tmp_path, module, config=budget)
     assert same(module.net["lm"], direct(watch.dense, config=budget))

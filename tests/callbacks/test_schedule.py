@@ -356,7 +356,7 @@ def test_what_cannot_be_done_changes_nothing(module, text, tmp_path):
     fit.fit(module)
 
     def state():
-        return (module.learning_rate, fit.max_epochs, fit.max_steps, len(fit.callbacks), callback.earlier), {
+        return (module.learning_rate, fit.max_epochs, fit.max_steps, len(fit.callbacks), callback.previous_fit), {
             name: getattr(checkpoints, name) for name in ("dirpath", "best_model_path", "last_model_path")
         }
 

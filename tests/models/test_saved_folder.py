@@ -32,8 +32,8 @@ def run(request, tmp_path_factory):
         output_dir=str(path),
     )
     trained = []
-    pruning_began = pruning.run
-    pruning.run = lambda *args: (trained.append(copy.deepcopy(module.net["lm"])), pruning_began(*args))
+    pruning_began = pruning.prune_and_record
+    pruning.prune_and_record = lambda *args: (trained.append(copy.deepcopy(module.net["lm"])), pruning_began(*args))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("maiht_lightning.reporting.recorder.draw_figures", lambda *_: {})
         trainer(pruning).fit(module)

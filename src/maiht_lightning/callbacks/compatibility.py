@@ -15,10 +15,11 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from ..models.offload import is_sharded
 from .schedule import PruningStep
 
 C = TypeVar("C", bound=Callback)
@@ -67,11 +68,22 @@ def check_trainer(trainer: Trainer, pruning: Callback, *, trains_on: bool) -> No
         )
 
 
+def check_offload(trainer: Trainer, offload: str, *, compact: bool) -> None:
+    """Raise `MisconfigurationException` where a model that is not in memory as a whole would have to be."""
+    if offload == "disk" and trainer.state.fn == TrainerFn.FITTING:
+        raise MisconfigurationException("offload: disk leaves blocks in files, for `maiht prune`; a fit needs them")
+    if compact and (offload == "disk" or isinstance(trainer.strategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            "compact files are made of a model that is in memory as a whole: leave compact out, and afterwards "
+            "`maiht export --model OUTPUT_DIR/model --output FOLDER`"
+        )
+
+
 def check_sharded(trainer: Trainer, model: nn.Module) -> None:
     """Raise `MisconfigurationException` where a module has not done what `ModelParallelStrategy` asks of it."""
     if not isinstance(trainer.strategy, ModelParallelStrategy) or trainer.world_size == 1:
         return
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not is_sharded(model):
         raise MisconfigurationException(
             f"under ModelParallelStrategy a model is sharded by its LightningModule, but {type(model).__name__} has no "
             f"shards: call torch.distributed.fsdp.fully_shard in configure_model, or use strategy='ddp'"
@@ -83,14 +95,14 @@ def process_group(trainer: Trainer) -> dist.ProcessGroup | None:
     return dist.group.WORLD if trainer.world_size > 1 else None
 
 
-def check_reachable(shots: list[PruningStep], trainer: Trainer) -> None:
-    """Raise `MisconfigurationException` if a shot comes after the fit's end."""
-    for shot in shots:
+def check_reachable(steps: list[PruningStep], trainer: Trainer) -> None:
+    """Raise `MisconfigurationException` if a step comes after the fit's end."""
+    for step in steps:
         ends = {"epoch": trainer.max_epochs, "step": trainer.estimated_stepping_batches}
-        end = ends.get(shot.unit)
-        if end is not None and 0 <= end < shot.count:
+        end = ends.get(step.unit)
+        if end is not None and 0 <= end < step.count:
             raise MisconfigurationException(
-                f"prune_at: {shot.name} is never reached, since the fit ends after {end} {shot.unit}s"
+                f"prune_at: {step.name} is never reached, since the fit ends after {end} {step.unit}s"
             )
 
 

@@ -25,6 +25,12 @@ class DecoderBlocks:
     path: str
     modules: tuple[nn.Module, ...]
 
+    def linears(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every linear layer of the blocks with its dotted path in the model, in order."""
+        for index, block in enumerate(self.modules):
+            for name, linear in find_linears(block).items():
+                yield f"{self.path}.{index}.{name}", linear
+
 
 def find_blocks(model: nn.Module) -> DecoderBlocks:
     """Find the decoder blocks: the largest `nn.ModuleList` of modules of one kind that hold linear layers.

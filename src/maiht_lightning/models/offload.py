@@ -29,6 +29,11 @@ from .blocks import DecoderBlocks, find_linears, weight_of, write_weight
 _NOT_COPIED = set(vars(nn.Module())) - {"training"} | {"forward", "_old_forward", "_hf_hook"}
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's parameters are DTensors, as FSDP2 and tensor parallelism leave them."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def full_tensor(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of a module, read from disk or gathered from its shards where it is not at hand.
 

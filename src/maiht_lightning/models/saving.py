@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .offload import is_sharded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -24,7 +26,7 @@ def save_model(
         writes: Whether this is the process that writes.
     """
     state: dict[str, Tensor] | None = None
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if is_sharded(model):
         gathered: dict[int, Tensor] = {}
         state = {}
         for name, tensor in model.state_dict(keep_vars=True).items():

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .blocks import find_blocks, find_linears
+from ..records import LayerRecord
+from .blocks import find_blocks
 from .offload import full_weight
 
 
@@ -27,17 +28,18 @@ class LayerCount:
 @torch.no_grad()
 def count_zeros(model: nn.Module) -> list[LayerCount]:
     """Count the zeros of every linear layer in the decoder blocks of a Hugging Face causal language model."""
-    blocks = find_blocks(model)
-    return [
-        LayerCount(f"{blocks.path}.{i}.{name}", *_count(linear))
-        for i, block in enumerate(blocks.modules)
-        for name, linear in find_linears(block).items()
-    ]
+    return [LayerCount(path, *_count(linear)) for path, linear in find_blocks(model).linears()]
 
 
 def measured_sparsity(counts: list[LayerCount]) -> float:
     """Fraction of zeros over all counted layers."""
     return sum(count.zeros for count in counts) / sum(count.size for count in counts)
+
+
+def layers_that_lost_zeros(model: nn.Module, records: list[LayerRecord]) -> list[str]:
+    """The layers that have fewer zeros than when they were pruned, by their path in the model."""
+    now = {count.name: count.zeros for count in count_zeros(model)}
+    return [record.name for record in records if now.get(record.name, 0) < record.zeros]
 
 
 def _count(linear: nn.Module) -> tuple[int, int]:

@@ -29,7 +29,14 @@ from ..models.blocks import (
     refuse_adapters,
     weight_of,
 )
-from ..models.offload import BlockLoader, execution_device, full_tensor, hidden_bytes, without_block_weights
+from ..models.offload import (
+    BlockLoader,
+    execution_device,
+    full_tensor,
+    full_weight,
+    hidden_bytes,
+    without_block_weights,
+)
 from ..records import LayerRecord, PruningReport
 from ..solvers import MAIHTConfig, Pattern, PruningSpec
 from ..solvers.slices import solver_bytes
@@ -132,7 +139,7 @@ def prune_model(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
     blocks, ranks = find_blocks(model), Ranks(process_group)
-    _check_weights(model, blocks, spec.pattern, on_disk_allowed=journal_dir is not None)
+    _check_weights(model, blocks, spec, on_disk_allowed=journal_dir is not None)
     check_windows(windows, model)
     batches = _share_of_batches(windows, batch_size, ranks)
     journal = None if journal_dir is None else _open_journal(journal_dir, spec, model, windows, ranks)
@@ -140,7 +147,7 @@ def prune_model(
     loader = BlockLoader(blocks, execution_device(model, device))
     if hidden_states == "auto":
         hidden_states = _choose_storage(model, sum(batch.numel() for batch in batches), spec, loader)
-    layers = sum(len(find_linears(block)) for block in blocks.modules)
+    layers = sum(1 for _ in blocks.linears())
     started = time.perf_counter()
     with (
         evaluation_mode(model),
@@ -201,23 +208,22 @@ def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: Bl
     return choose_storage(tokens * hidden_bytes(model), loader.device, working)
 
 
-def _check_weights(model: nn.Module, blocks: DecoderBlocks, pattern: Pattern, *, on_disk_allowed: bool) -> None:
+def _check_weights(model: nn.Module, blocks: DecoderBlocks, spec: PruningSpec, *, on_disk_allowed: bool) -> None:
     refuse_adapters(model)
-    for i, block in enumerate(blocks.modules):
-        for name, linear in find_linears(block).items():
-            path, weight = f"{blocks.path}.{i}.{name}", weight_of(linear)
-            if not weight.is_floating_point():
-                raise TypeError(f"{path} has weights of {weight.dtype}: load the model in a floating-point dtype")
-            pattern.check_shape(weight.shape, path)
-            if weight.is_meta:
-                if not on_disk_allowed:
-                    raise ValueError(f"{path} is on disk, and its pruned weights need a place there: give journal_dir")
-                if isinstance(linear, Conv1D):
-                    raise ValueError(f"{path} is a Conv1D on disk, which is not supported: load the model into memory")
-            if weight.is_meta or isinstance(weight, DTensor):
-                weight = full_tensor(linear, "weight")
-            if not all(extreme.isfinite() for extreme in weight.aminmax()):
-                raise ValueError(f"{path} has weights that are NaN or infinite: did training diverge?")
+    for path, linear in blocks.linears():
+        weight = weight_of(linear)
+        if not weight.is_floating_point():
+            raise TypeError(f"{path} has weights of {weight.dtype}: load the model in a floating-point dtype")
+        spec.check_shape(weight.shape, path)
+        if weight.is_meta:
+            if not on_disk_allowed:
+                raise ValueError(f"{path} is on disk, and its pruned weights need a place there: give journal_dir")
+            if isinstance(linear, Conv1D):
+                raise ValueError(f"{path} is a Conv1D on disk, which is not supported: load the model into memory")
+        if weight.is_meta or isinstance(weight, DTensor):
+            weight = full_tensor(linear, "weight")
+        if not all(extreme.isfinite() for extreme in weight.aminmax()):
+            raise ValueError(f"{path} has weights that are NaN or infinite: did training diverge?")
 
 
 def check_windows(windows: Tensor, model: nn.Module) -> None:
@@ -259,3 +265,8 @@ def _count_padded(windows: Tensor, config: Any) -> int:
         return 0
     is_padding = windows == padding
     return int((is_padding[:, :shortest].all(1) | is_padding[:, -shortest:].all(1)).sum())
+
+
+def has_pattern(model: nn.Module, pattern: Pattern) -> bool:
+    """Whether every linear layer in the decoder blocks has the zeros of a pattern."""
+    return all(pattern.holds_for(full_weight(linear)) for _, linear in find_blocks(model).linears())

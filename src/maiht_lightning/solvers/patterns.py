@@ -59,6 +59,11 @@ class Pattern:
             return matrix.reshape(-1, self.group)
         return matrix if self.by_row else matrix.reshape(1, -1)
 
+    def holds_for(self, weight: Tensor) -> bool:
+        """Whether no unit of a weight (out, in) has more entries left than this pattern keeps."""
+        left = (self.units(weight) != 0).sum(1)
+        return bool((left <= self.kept(weight.shape)).all())
+
     def mask(self, score: Tensor, *tiebreaks: Tensor) -> Tensor:
         """The entries to keep: those with the largest score in their unit, an exact number of them.
 

@@ -9,7 +9,8 @@ MATRICES = 11
 
 def solver_bytes(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, memory_budget: int | None = None) -> int:
     """Bytes that the solver takes for a layer (out, in) beside its Gram matrix, within the budget if there is one."""
-    return MATRICES * dtype.itemsize * rows_within(memory_budget, shape, dtype) * shape[1]
+    row = MATRICES * shape[1] * dtype.itemsize
+    return row * shape[0] if memory_budget is None else min(row * shape[0], max(row, memory_budget))
 
 
 def rows_within(memory_budget: int | None, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> int:

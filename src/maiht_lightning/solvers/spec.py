@@ -3,9 +3,12 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from .config import MAIHTConfig, resolve_config
 from .methods import check_method
 from .patterns import DEFAULT_SPARSITY, Pattern, parse_pattern
+from .slices import rows_within
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ class PruningSpec:
     def sparsity(self) -> float:
         """Fraction of zeros."""
         return self.pattern.sparsity
+
+    def check_shape(self, shape: torch.Size | tuple[int, ...], layer: str) -> None:
+        """Raise `ValueError` unless a weight of shape (out, in) can be pruned so; `layer` names it in the message."""
+        self.pattern.check_shape(shape, layer)
+        try:
+            rows_within(self.config.memory_budget, shape, self.config.dtype)
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from error
 
     def at(self, sparsity: float) -> "PruningSpec":
         """The same with another fraction of zeros; an N:M pattern allows its own alone, or raises `ValueError`."""

@@ -113,9 +113,9 @@ def sparse_finetune(
     if state is not None:
         pruning.load_state_dict(state)
     else:
-        pruning.earlier = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-    assert pruning.earlier is not None
-    epochs, steps = pruning.earlier["epochs"], pruning.earlier["steps"]
+        pruning.previous_fit = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+    assert pruning.previous_fit is not None
+    epochs, steps = pruning.previous_fit["epochs"], pruning.previous_fit["steps"]
     for name, value in changed.items():
         setattr(module, name, value)
     if hasattr(module, "earlier_steps"):

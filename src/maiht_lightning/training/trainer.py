@@ -64,6 +64,6 @@ class PruningTrainer(Trainer):
         if pruning.offload == "none":
             self.strategy.model_to_device()
         pruning.prepare(self, model)
-        pruning.run(self, model)
+        pruning.prune_and_record(self, model)
         for logger in self.loggers:
             logger.finalize("success")

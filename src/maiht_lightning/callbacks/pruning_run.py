@@ -1,0 +1,213 @@
+"""What is done with a model in a pruning run; `MAIHTPruning` says when."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import proxy, ref
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..capture.hidden_states import Storage
+from ..estimate.run import predict_pruning
+from ..evaluation.evaluation import LoadedEvaluation, context_length
+from ..models.blocks import find_blocks, refuse_adapters, weight_of
+from ..models.sparsity import count_zeros, measured_sparsity
+from ..pruning.pruner import check_windows, prune_model
+from ..records import LayerRecord, PruningReport
+from ..reporting.recorder import RunRecorder
+from ..reporting.summary import Summary, fresh_run_folder
+from ..solvers import PruningSpec
+from .compatibility import check_sharded, process_group
+from .language_model import find_language_model, find_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .pruning import MAIHTPruning
+
+
+@dataclass(kw_only=True)
+class PruningRun:
+    """A model that is measured, pruned, saved and reported, with all that this takes at hand.
+
+    Args:
+        find_model: Finds the Hugging Face causal language model, which a run does not keep in memory.
+        tokenizer: Its tokenizer.
+        windows: Calibration token ids (samples, seqlen); None for a model that is pruned already.
+        evaluation: What the model is measured by.
+        recorder: Where the results go.
+        device: Where to compute; by default where the model is.
+        process_group: The processes that share the work; None for one.
+        batch_size: Windows per calibration forward pass.
+        hidden_states: Where the hidden states of the windows are kept; see `prune`.
+        offload: `cpu` keeps the model in host memory while it is at work; `disk` leaves its blocks in files.
+        forward_context: Opens the context in which the model runs, such as autocast.
+    """
+
+    find_model: Callable[[], "PreTrainedModel"]
+    tokenizer: "PreTrainedTokenizerBase"
+    windows: Tensor | None
+    evaluation: LoadedEvaluation
+    recorder: RunRecorder
+    device: torch.device | None = None
+    process_group: ProcessGroup | None = None
+    batch_size: int = 1
+    hidden_states: Storage = "auto"
+    offload: Literal["none", "cpu", "disk"] = "none"
+    forward_context: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The Hugging Face causal language model."""
+        return self.find_model()
+
+    def begin(self, *, save_dense: bool = False) -> None:
+        """Measure the model as it is before the first pruning, and save it if asked to."""
+        self.recorder.begin(self.model)
+        if "dense" not in self.recorder.summary.stages:
+            if save_dense:
+                self.save("model_dense")
+            self.measure("dense")
+
+    def prune(
+        self, spec: PruningSpec, *, journal: str, on_block: Callable[[list[LayerRecord]], None] | None = None
+    ) -> PruningReport:
+        """Prune the model, with a journal of that name in the run's folder; see `prune_model`."""
+        assert self.windows is not None
+        with self.forward_context():
+            return prune_model(
+                self.model,
+                self.windows,
+                spec,
+                journal_dir=self.recorder.folder / journal,
+                batch_size=self.batch_size,
+                on_block=on_block,
+                device=self.device,
+                hidden_states=self.hidden_states,
+                process_group=self.process_group,
+            )
+
+    def finish_pruning(self, spec: PruningSpec, report: PruningReport) -> None:
+        """Save, measure and report the pruned model."""
+        # Saved first: whatever goes wrong after this, the pruned model is on disk.
+        self.save("model")
+        self.recorder.pruned(report)
+        if self.recorder.loggers and self.process_group is None:
+            self.recorder.summary.predicted = self._predict(spec)
+        self.measure("pruned")
+        self.recorder.finish_pruning(report)
+
+    def finish_finetuning(self, report: PruningReport | None) -> None:
+        """Save, measure and report the model after it was trained on with its zeros frozen."""
+        self.save("model_finetuned")
+        self.recorder.summary.measured_sparsity = measured_sparsity(count_zeros(self.model))
+        self.measure("finetuned")
+        self.recorder.finish_finetuning([] if report is None else report.layers)
+
+    def save(self, name: str) -> None:
+        """Save the model in the run's folder."""
+        self.recorder.save(self.model, self.tokenizer, name)
+
+    def measure(self, stage: str) -> None:
+        """Measure the model, and record the figures as a stage of the run."""
+        with self.recorder.timed("evaluate"), self.forward_context():
+            found = self.evaluation.measure(
+                self.model, self.tokenizer, stage=stage, device=self.device, process_group=self.process_group
+            )
+        self.recorder.stage(stage, found)
+
+    def _predict(self, spec: PruningSpec) -> dict[str, dict[str, float]]:
+        assert self.windows is not None
+        samples, seqlen = self.windows.shape
+        return predict_pruning(
+            self.model, spec, samples=samples, seqlen=seqlen, batch_size=self.batch_size, offload=self.offload
+        )
+
+
+def prepare_run(
+    pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningModule, before: PruningRun | None
+) -> PruningRun:
+    """Check a model and the texts for it against a callback's settings; nothing is changed.
+
+    Args:
+        pruning: The callback.
+        trainer: Its Trainer.
+        pl_module: Holds the model.
+        before: The run as another fit has left it, such as the one before `sparse_finetune`; it is resumed.
+
+    Raises:
+        MisconfigurationException: The model or the texts do not fit.
+    """
+    model = find_language_model(pl_module, pruning.model)
+    tokenizer = find_tokenizer(pl_module, model, pruning.tokenizer)
+    check_sharded(trainer, model)
+    windows, evaluation = (None, None) if before is None else (before.windows, before.evaluation)
+    try:
+        if not pruning.pruned:
+            refuse_adapters(pl_module)
+            for path, linear in find_blocks(model).linears():
+                pruning.spec.check_shape(weight_of(linear).shape, path)
+            # A source of somebody's own may draw others in every process.
+            windows = trainer.strategy.broadcast(pruning.calibration.windows(tokenizer, context_length(model)))
+            check_windows(windows, model)
+        if evaluation is None or not pruning.pruned:
+            evaluation = pruning.evaluation.load(model, tokenizer)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise MisconfigurationException(f"pruning cannot work with these settings: {error}") from error
+    folder = pruning.output_dir
+    if folder is None:
+        fresh = fresh_run_folder(Path(trainer.default_root_dir) / "runs") if trainer.is_global_zero else Path()
+        folder = Path(trainer.strategy.broadcast(fresh))
+    spec = pruning.spec
+    recorder = RunRecorder(
+        folder=folder,
+        summary=Summary(spec.method, spec.sparsity, spec.pattern.name) if before is None else before.recorder.summary,
+        settings=_described(pruning, windows),
+        loggers=trainer.loggers,
+        # Whoever keeps the callback after the fit keeps neither its Trainer nor, by the reference below, its model.
+        global_step=partial(getattr, proxy(trainer), "global_step"),
+        is_main=trainer.is_global_zero,
+        compact=pruning.compact,
+    )
+    return PruningRun(
+        find_model=partial(_find_again, ref(pl_module), pruning.model),
+        tokenizer=tokenizer,
+        windows=windows,
+        evaluation=evaluation,
+        recorder=recorder,
+        device=trainer.strategy.root_device,
+        process_group=process_group(trainer),
+        batch_size=pruning.batch_size,
+        hidden_states=pruning.hidden_states,
+        offload=pruning.offload,
+        forward_context=trainer.precision_plugin.forward_context,
+    )
+
+
+def _find_again(module: "ref[LightningModule]", name: str | None) -> "PreTrainedModel":
+    found = module()
+    if found is None:
+        raise RuntimeError("the LightningModule whose model is pruned is gone")
+    return find_language_model(found, name)
+
+
+def _described(pruning: "MAIHTPruning", windows: Tensor | None) -> dict[str, Any]:
+    """How the model is pruned and measured, for the report and the loggers."""
+    calibration = {k: v for k, v in vars(pruning.calibration).items() if isinstance(v, str | int | float)}
+    shape = [] if windows is None else list(windows.shape)
+    return {
+        "method": pruning.spec.method,
+        "sparsity": pruning.spec.sparsity,
+        "pattern": pruning.spec.pattern.name,
+        "prune_at": {step.name: step.spec.sparsity for step in pruning.schedule},
+        "config": asdict(pruning.spec.config),
+        "calibration": {"class": type(pruning.calibration).__name__, **calibration, "windows": shape},
+        "evaluation": asdict(pruning.evaluation),
+    }
