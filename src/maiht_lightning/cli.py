@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
 
 from .callbacks.compatibility import check_trainer, find_callback
 from .callbacks.pruning import MAIHTPruning
@@ -37,6 +38,7 @@ USER_ERRORS = (MisconfigurationException, ValueError, TypeError, OSError, Module
 class RunConfig(SaveConfigCallback):
     """Writes the whole configuration to `config.yaml` in the run's folder, over an older one, and to the loggers."""
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the configuration once, on the first process."""
         if self.already_saved or not trainer.is_global_zero:
@@ -82,6 +84,7 @@ class MAIHTCLI(LightningCLI):
             args=args,
         )
 
+    @override
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, with the arguments that the CLI itself gives to each."""
@@ -93,6 +96,7 @@ class MAIHTCLI(LightningCLI):
             "test": evaluation,
         }
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's folder and the pruning section."""
         parser.add_argument(
@@ -105,6 +109,7 @@ class MAIHTCLI(LightningCLI):
         parser.link_arguments("output_dir", "pruning.output_dir")
         parser.add_class_arguments(SparseFinetune, "sparse_finetune")
 
+    @override
     def before_instantiate_classes(self) -> None:
         """Put the run and its loggers into the run's folder."""
         config = self.config[self.subcommand]
@@ -140,6 +145,7 @@ class MAIHTCLI(LightningCLI):
             data.pop("weights_only", None)
             sparse_finetune(self.trainer, model, settings, ckpt_path=ckpt_path, **data)
 
+    @override
     def after_instantiate_classes(self) -> None:
         """Make the run's folder, now that the settings are known to be right."""
         # Where it is missing, W&B may write to the system's temporary folder instead.

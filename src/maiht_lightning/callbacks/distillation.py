@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
 
 from ..models.loading import check_source, load_model
 from ..recovery.distillation import Distilled, check_distillation, distilled
@@ -51,6 +52,7 @@ class Distillation(Callback):
         self.teacher, self.weight, self.temperature, self.model = teacher, weight, temperature, model
         self._distilled: Distilled | None = None
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the teacher, where the model is by now, and put it into the model's loss."""
         self._release()
@@ -62,6 +64,7 @@ class Distillation(Callback):
             raise MisconfigurationException(f"Distillation from {self.teacher}: {error}") from error
         rank_zero_info(f"Distillation: {self.teacher} teaches, with {teacher.num_parameters():,} parameters")
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model in eval mode, whose loss would stay its own."""
         if not find_language_model(pl_module, self.model).training:
@@ -70,6 +73,7 @@ class Distillation(Callback):
                 "nothing would be distilled: call its `train()` where it is loaded"
             )
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -85,14 +89,17 @@ class Distillation(Callback):
                 f"mode, so that nothing was distilled: call `model(...)`, not `model.forward(...)` or a part of it"
             )
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the teacher."""
         self._release()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop the teacher; Lightning calls no `teardown` then."""
         self._release()
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Drop the teacher."""
         self._release()

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from ..models.sparsity import count_zeros
 from ..recovery.freeze import LostZerosError, SparsityMasks, freeze
@@ -52,14 +53,17 @@ class FrozenSparsity(Callback):
         self._loaded_zeros = 0
         self._handles: list[RemovableHandle] = []
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """The number of zeros, from which a checkpoint of the sparse phase is known."""
         return {"zeros": self.masks.count if self.masks is not None else 0}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember how many zeros the checkpoint was written with."""
         self._loaded_zeros = state_dict["zeros"]
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn of a checkpoint from another phase."""
         if not self.expects_pruning and not checkpoint.get("callbacks", {}).get(self.state_key, {}).get("zeros"):
@@ -68,6 +72,7 @@ class FrozenSparsity(Callback):
                 "phase. Was one from after the pruning meant?"
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the zeros, after a checkpoint was loaded."""
         model = find_language_model(pl_module, self.model)
@@ -94,35 +99,42 @@ class FrozenSparsity(Callback):
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._mask_weights()))
         rank_zero_info(f"FrozenSparsity: {self.masks.count:,} zeros in {len(self.masks.masks)} layers stay zero")
 
+    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mask the gradients where the module clips them by itself, which is before the next hook."""
         if self.masks is not None and not pl_module.automatic_optimization:
             self.masks.apply_to_gradients()
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients; Lightning clips them after this."""
         if self.masks is not None:
             self.masks.apply_to_gradients()
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify the zeros."""
         self._verify()
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify the zeros."""
         self._remove_hooks()
         self._verify()
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify the zeros again, after other callbacks had their turn, where the weights are what a user gets."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, StochasticWeightAveraging | WeightAveraging) for callback in callbacks):
             self._verify()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks behind; Lightning calls no `teardown` then."""
         self._remove_hooks()
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hooks behind."""
         self._remove_hooks()
