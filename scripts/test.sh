@@ -6,4 +6,6 @@ source scripts/install.sh '.[dev,gguf,eval,lora,lowmem,wandb]'
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+# One process per core, and one thread in each: the tests' layers are too small to share one between threads.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal "$@"
