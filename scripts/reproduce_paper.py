@@ -24,7 +24,7 @@ from rich.console import Console
 from fetch_smollm2 import fetch
 from maiht_lightning import C4Calibration, prune
 from maiht_lightning.evaluation.evaluation import Evaluation, LoadedEvaluation
-from maiht_lightning.evaluation.zero_shot import PAPER_TASKS
+from maiht_lightning.evaluation.lm_eval_tasks import PAPER_TASKS
 from maiht_lightning.models.loading import load_model, load_tokenizer
 from maiht_lightning.records import StageResult, Stages
 from maiht_lightning.reporting.comparison.rows import comparison, write_comparison

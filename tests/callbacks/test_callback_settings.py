@@ -483,7 +483,7 @@ def test_padded_windows_stop_a_fit_before_training(tiny_llama, tmp_path):
     [("batch_size", 0, 1), ("seqlen", 1, 2), ("max_windows", 0, 1), ("limit", 0, 1), ("num_fewshot", -1, 0)],
 )
 def test_bad_settings_of_an_evaluation_fail_at_once(name, value, least):
-    with pytest.raises(ValueError, match=f"{name}: expected at least {least}, found {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, but found {value}"):
         Evaluation(**{name: value})
     Evaluation(**{name: least})
 
@@ -518,7 +518,8 @@ def test_perplexity_is_that_of_the_texts_and_windows_asked_for(sharp_llama, tmp_
 @pytest.mark.slow
 def test_tasks_are_those_asked_for_with_their_settings(tiny_llama, tokenizer, local_data, no_hub, tmp_path):
     pytest.importorskip("lm_eval")
-    from maiht_lightning.evaluation.zero_shot import load_tasks, zero_shot
+    from maiht_lightning.evaluation.lm_eval_tasks import load_tasks
+    from maiht_lightning.evaluation.zero_shot import zero_shot
 
     module, names = (
         Module(tiny_llama(**SMALL | {"max_position_embeddings": 2048}), tokenizer),

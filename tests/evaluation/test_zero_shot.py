@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from maiht_lightning.evaluation import zero_shot as module
-from maiht_lightning.evaluation.zero_shot import PAPER_TASKS, load_tasks, zero_shot
+from maiht_lightning.evaluation import lm_eval_tasks
+from maiht_lightning.evaluation.lm_eval_tasks import PAPER_TASKS, load_tasks
+from maiht_lightning.evaluation.zero_shot import zero_shot
 from maiht_lightning.records import StageResult
 
 pytest.importorskip("lm_eval")
@@ -37,7 +38,7 @@ def copy_rows(source, target, rows=None):
 
 def write_yamls(folder, data_dir, names):
     """Task files for lm-eval: as registered, but read from the local copies; datasets' copies stay in the folder."""
-    index = module._task_manager(names).task_index
+    index = lm_eval_tasks._task_manager(names).task_index
     for name in names:
         files = {file.stem: str(file) for file in (data_dir / "tasks" / name).glob("*.parquet")}
         changes = {
@@ -197,7 +198,7 @@ def test_importing_lm_eval_leaves_the_environment_alone(data_dir):
     """In a fresh process, as lm-eval sets variables when it is first imported."""
     code = (
         "import os, random\n"
-        "from maiht_lightning.evaluation.zero_shot import load_tasks\n"
+        "from maiht_lightning.evaluation.lm_eval_tasks import load_tasks\n"
         "import sys; assert 'lm_eval' not in sys.modules\n"
         "found, state = dict(os.environ), random.getstate()\n"
         "load_tasks(['arc_easy'])\n"
@@ -232,12 +233,12 @@ def test_a_context_too_short_is_told_once(tiny_llama, tokenizer, local_data, cap
 @pytest.mark.parametrize(
     ("names", "settings", "message"),
     [
-        ([], {}, r"tasks: expected a list with at least one name, found \[\]"),
-        ("boolq", {}, "tasks: expected a list with at least one name, found 'boolq'"),
-        (["boolq"], {"num_fewshot": -1}, "num_fewshot: expected an integer of at least 0, found -1"),
-        (["boolq"], {"num_fewshot": 1.0}, r"num_fewshot: expected an integer of at least 0, found 1\.0"),
-        (["boolq"], {"num_fewshot": True}, "num_fewshot: expected an integer of at least 0, found True"),
-        (["boolq"], {"num_fewshot": 2}, "num_fewshot: expected 0 for boolq.*validation.*train.parquet"),
+        ([], {}, r"tasks must be a list with at least one name, but found \[\]"),
+        ("boolq", {}, "tasks must be a list with at least one name, but found 'boolq'"),
+        (["boolq"], {"num_fewshot": -1}, "num_fewshot must be a whole number, at least 0, but found -1"),
+        (["boolq"], {"num_fewshot": 1.0}, r"num_fewshot must be a whole number, at least 0, but found 1\.0"),
+        (["boolq"], {"num_fewshot": True}, "num_fewshot must be a whole number, at least 0, but found True"),
+        (["boolq"], {"num_fewshot": 2}, "num_fewshot must be 0 for boolq.*validation.*found 2.*train.parquet"),
     ],
 )
 def test_bad_settings_of_tasks(local_data, names, settings, message):
@@ -248,13 +249,13 @@ def test_bad_settings_of_tasks(local_data, names, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"limit": 0}, "limit: expected an integer of at least 1, found 0"),
-        ({"limit": 0.5}, r"limit: expected an integer of at least 1, found 0\.5"),
-        ({"limit": True}, "limit: expected an integer of at least 1, found True"),
-        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, found 0"),
-        ({"batch_size": "auto"}, "batch_size: expected an integer of at least 1, found 'auto'"),
-        ({"tasks": {}}, "tasks: expected at least one, found none"),
-        ({"tasks": ["boolq"]}, "tasks: expected the dictionary that load_tasks returns, found list"),
+        ({"limit": 0}, "limit must be a whole number, at least 1, but found 0"),
+        ({"limit": 0.5}, r"limit must be a whole number, at least 1, but found 0\.5"),
+        ({"limit": True}, "limit must be a whole number, at least 1, but found True"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1, but found 0"),
+        ({"batch_size": "auto"}, "batch_size must be a whole number, at least 1, but found 'auto'"),
+        ({"tasks": {}}, "tasks must hold at least one task, but found none"),
+        ({"tasks": ["boolq"]}, "tasks must be the dictionary that load_tasks returns, but found list"),
     ],
 )
 def test_bad_settings_of_an_evaluation(settings, message):
@@ -337,11 +338,11 @@ def test_local_examples_come_from_train_if_it_is_there(data_dir, tmp_path, monke
 def test_a_task_that_fixes_no_examples_keeps_it(long_llama, tokenizer, local_data, no_hub, tmp_path, monkeypatch):
     import lm_eval.tasks
 
-    registered = module._task_manager(["arc_easy"]).task_index["arc_easy"].yaml_path
+    registered = lm_eval_tasks._task_manager(["arc_easy"]).task_index["arc_easy"].yaml_path
     fixed = {"include": str(registered), "task": "arc_easy", "num_fewshot": 0}
     (tmp_path / "arc_easy.yaml").write_text(json.dumps(fixed))
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=tmp_path)
-    monkeypatch.setattr(module, "_task_manager", lambda names: manager)
+    monkeypatch.setattr(lm_eval_tasks, "_task_manager", lambda names: manager)
     tasks = load_tasks(["arc_easy"], num_fewshot=2)
     zero_shot(long_llama, tokenizer, tasks, limit=2, progress=False)
     prompts = [instance.args[0] for instance in tasks["arc_easy"].instances]
@@ -391,7 +392,7 @@ def test_an_unreachable_hub_is_told_with_a_way_out(monkeypatch):
 
 @pytest.mark.slow
 def test_an_unknown_task_is_told_with_similar_names(local_data):
-    with pytest.raises(ValueError, match=r"found 'bool_q'; similar names: .*boolq"):
+    with pytest.raises(ValueError, match=r"found 'bool_q': similar names are .*boolq"):
         load_tasks(["rte", "bool_q"])
 
 

@@ -11,8 +11,9 @@ from torch.distributed import ProcessGroup
 from ..data.sources import evaluation_windows
 from ..records import StageResult
 from ..validation import check_at_least
+from .lm_eval_tasks import load_tasks
 from .perplexity import perplexity
-from .zero_shot import load_tasks, zero_shot
+from .zero_shot import zero_shot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
