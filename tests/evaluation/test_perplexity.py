@@ -205,10 +205,10 @@ def test_progress_bar_has_the_description(tiny_llama, capsys):
 
 @pytest.mark.parametrize("shape", [(0, 12), (3, 1), (12,)])
 def test_windows_with_nothing_to_predict_are_refused(tiny_llama, shape):
-    with pytest.raises(ValueError, match="windows: expected"):
+    with pytest.raises(ValueError, match=r"windows must have shape \(windows, seqlen\)"):
         perplexity(tiny_llama(vocab_size=64), torch.zeros(shape, dtype=torch.long))
 
 
 def test_batch_size_below_one_is_refused(tiny_llama):
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, but found 0"):
         perplexity(tiny_llama(vocab_size=64), WINDOWS, batch_size=0)

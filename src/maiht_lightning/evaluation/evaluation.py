@@ -1,4 +1,4 @@
-"""What a model is measured by, and the measuring."""
+"""`Evaluation`: which texts and tasks a model is measured by, and the measuring."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from .zero_shot import zero_shot
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Papers cut WikiText-2 into windows of LLaMA's 2,048 tokens; longer contexts are rarely what is compared.
+# Papers cut WikiText-2 into windows of LLaMA's 2,048 tokens, also for models with a longer context.
 LONGEST_WINDOW = 2048
 
 
@@ -29,7 +29,7 @@ class Evaluation:
     Args:
         perplexity: Texts to measure perplexity on: `wikitext2`, `c4`, `python_docs`, or paths of .txt files.
             Empty to measure none.
-        tasks: Zero-shot tasks by lm-eval's names, such as `boolq`; needs the extra `eval`. Empty for none. Papers
+        tasks: Zero-shot tasks by lm-eval's names, such as `boolq`; they need the extra `eval`. Empty for none. Papers
             use boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa.
         seqlen: Tokens per window of text; by default the model's context, at most 2,048.
         max_windows: Only the first windows of each text, for a quick look.

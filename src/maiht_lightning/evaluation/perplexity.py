@@ -15,40 +15,43 @@ from ..capture.hidden_states import HiddenStateStore, choose_storage
 from ..distributed import Ranks
 from ..models.blocks import evaluation_mode, find_blocks
 from ..models.offload import BlockLoader, execution_device, hidden_bytes, is_offloaded, without_block_weights
+from ..validation import check_at_least
 
-# Padding in Hugging Face's labels.
+# Hugging Face's label for padding: such a token is not predicted.
 _IGNORED = -100
 
-# Logits turned to float32 at a time: 64 MiB, whatever the vocabulary.
+# Logits that are turned to float32 at a time: 64 MiB, whatever the vocabulary.
 _CHUNK_ELEMENTS = 2**24
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every token, in float32 from a log-softmax.
+    """Compute the cross-entropy of every token, in float32 from a log-softmax.
 
     Unlike softmax followed by a logarithm, this is right for float16 and bfloat16 logits and however far a
     target's logit lies below the largest. The logits are turned to float32 some rows at a time, so that a
     second copy of them all never exists.
 
     Args:
-        logits: ``(batch, tokens, vocabulary)``, any floating dtype.
-        targets: ``(batch, tokens)``, int64: the token that each position's logits should have predicted.
-            The loss where it is -100 is 0.
+        logits: (batch, tokens, vocabulary), any floating dtype.
+        targets: (batch, tokens), int64: the token that each position's logits should have predicted. The loss is 0
+            where it is -100.
 
     Returns:
-        ``(batch, tokens)``, float32, in nats.
+        (batch, tokens), float32, in nats.
 
     Raises:
         ValueError: The shapes do not fit.
     """
     if logits.ndim != 3 or logits.shape[:2] != targets.shape:
         raise ValueError(
-            "expected logits (batch, tokens, vocabulary) and targets (batch, tokens), "
-            f"found {tuple(logits.shape)} and {tuple(targets.shape)}"
+            "logits and targets must have shapes (batch, tokens, vocabulary) and (batch, tokens), "
+            f"but found {tuple(logits.shape)} and {tuple(targets.shape)}"
         )
     rows = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
     losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-    for index in range(len(logits)):  # one sequence at a time: its logits are a view, even if sliced
+    # Rows are taken from one sequence at a time: `logits[index, part]` is a view even where `logits` is sliced, and
+    # flattening the batch would copy it.
+    for index in range(len(logits)):
         for start in range(0, logits.shape[1], rows):
             part = slice(start, start + rows)
             losses[index, part] = functional.cross_entropy(
@@ -58,18 +61,17 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Perplexity(Metric):
-    """``exp`` of the mean cross-entropy over all tokens seen, in torchmetrics' ways.
+    """The exponential of the mean cross-entropy over all tokens seen, as a torchmetrics metric.
 
-    Background: ``torchmetrics.text.Perplexity`` takes a softmax and then its logarithm, which makes float16
-    logits, or a target 110 below the largest logit, an infinite perplexity. Here float32 log-softmax losses
-    are summed in float64.
+    Background: `torchmetrics.text.Perplexity` takes a softmax and then its logarithm. That makes the perplexity infinite
+    for float16 logits, and where a target's logit lies 110 below the largest. Here float32 log-softmax losses are summed
+    in float64.
 
-    Logits and targets must be aligned already: nothing is shifted. For a causal model and
-    ``input_ids (batch, seqlen)``, give ``logits[:, :-1]`` and ``input_ids[:, 1:]``. Targets of -100 are left
-    out. Under distributed training the sums of all processes are added.
+    Logits and targets must be aligned already: nothing is shifted. For a causal model and `input_ids` (batch, seqlen),
+    give `logits[:, :-1]` and `input_ids[:, 1:]`. Targets of -100 are left out. Under distributed training the sums of
+    all processes are added.
 
-    Example::
-
+    Example:
         >>> import torch
         >>> metric = Perplexity()
         >>> metric.update(torch.zeros(1, 3, 50), torch.tensor([[4, 8, 15]]))
@@ -90,22 +92,25 @@ class Perplexity(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
-            logits: ``(batch, tokens, vocabulary)``, any floating dtype.
-            targets: ``(batch, tokens)``, int64, aligned with the logits.
+            logits: (batch, tokens, vocabulary), any floating dtype.
+            targets: (batch, tokens), int64, aligned with the logits.
 
         Raises:
             ValueError: The shapes do not fit.
         """
-        # Not in place: after `Trainer.validate` the state may be an inference tensor, which `fit` may not write to.
+        # The state is replaced and not added to in place: after `Trainer.validate` it may be an inference tensor, which
+        # `fit` may not write to.
         self.loss_sum = self.loss_sum + token_losses(logits, targets).sum(dtype=torch.float64)
         self.tokens = self.tokens + (targets != _IGNORED).sum()
 
     def compute(self) -> Tensor:
-        """The perplexity: a float64 scalar, ``inf`` beyond its range, ``nan`` (with torchmetrics' warning) if
-        nothing was seen.
+        """Compute the perplexity of what was seen.
+
+        Returns:
+            A float64 scalar: infinite beyond its range, NaN (with torchmetrics' warning) where nothing was seen.
         """
         return torch.exp(self.loss_sum / self.tokens)
 
@@ -126,39 +131,41 @@ def perplexity(
     device: torch.device | str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> float:
-    """Perplexity of a causal language model by the protocol of papers (GPTQ, https://arxiv.org/abs/2210.17323).
+    """Measure a causal language model's perplexity by the protocol of papers (GPTQ, https://arxiv.org/abs/2210.17323).
 
-    Each window stands alone: its ``seqlen - 1`` predictions count, and the losses are averaged over all
-    windows. The model runs in eval mode; each submodule's mode is put back afterwards. Precision is the caller's: the
+    Each window stands alone: its seqlen - 1 predictions count, and the losses are averaged over all windows. The model runs in eval mode; each submodule's mode is put back afterwards. Precision is the caller's: the
     model's dtype, or an autocast around the call. A model that is not on the computing device (see `prune`) goes there
     block by block, each with all windows, so that its weights are moved once.
 
     Args:
-        model: A Hugging Face causal LM: called as ``model(input_ids=..., use_cache=False)``, answers with
-            ``.logits``.
-        windows: ``(windows, seqlen)``, int64.
-        batch_size: Windows in a forward pass. The result does not depend on it.
+        model: A Hugging Face causal language model: called as `model(input_ids=..., use_cache=False)`, it answers with
+            `.logits`.
+        windows: (windows, seqlen), int64.
+        batch_size: Windows per forward pass. The result does not depend on it.
         progress: Show a progress bar.
         description: The bar's name.
         device: Where to compute; by default where the model is.
         process_group: Processes that have the same model, or shards of one, and share the windows; all of them get
             the result.
 
+    Returns:
+        The perplexity: infinite beyond float64's range.
+
     Raises:
-        ValueError: There is nothing to predict in ``windows``, or ``batch_size`` is below 1.
+        ValueError: There is nothing to predict in `windows`, or `batch_size` is below 1.
     """
     if windows.ndim != 2 or len(windows) < 1 or windows.shape[1] < 2:
         raise ValueError(
-            f"windows: expected (windows, seqlen) with at least one window of two tokens, found {tuple(windows.shape)}"
+            "windows must have shape (windows, seqlen), with at least one window of two tokens, but found "
+            f"{tuple(windows.shape)}"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+    check_at_least(1, batch_size=batch_size)
     ranks = Ranks(process_group)
     device = execution_device(model, device)
     batches = ranks.shard(windows.split(batch_size))
     metric = Perplexity(sync_on_compute=False).to(device)
     bar = {"desc": description, "disable": not (progress and ranks.is_main)}
-    # None of the processes may wait for one that has failed.
+    # `errors_shared` lets none of the processes wait for one that has failed.
     with ranks.errors_shared(), evaluation_mode(model):
         for input_ids, logits in _logits(model, [batch.to(device) for batch in batches], device, bar):
             metric.update(logits[:, :-1], input_ids[:, 1:])
@@ -170,7 +177,7 @@ def perplexity(
 def _logits(
     model: nn.Module, batches: list[Tensor], device: torch.device, bar: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each batch of token ids with its logits."""
+    """Run the model on each batch of token ids (batch, seqlen), and yield these with their logits."""
     if not is_offloaded(model, device):
         for input_ids in tqdm(batches, unit="batch", **bar):
             yield input_ids, model(input_ids=input_ids, use_cache=False).logits
@@ -180,7 +187,8 @@ def _logits(
     outer = without_block_weights(model, blocks, device)
     outer_blocks = find_blocks(outer).modules
     with BlockLoader(blocks, device) as loader:
-        # The block at work, the one before it, the one that is read meanwhile, and what a block computes.
+        # Beside the hidden states lie the block at work, the one before it, the one that is read meanwhile, and what
+        # a block computes, which is taken to be as large.
         storage = choose_storage(size, device, 4 * loader.block_bytes())
         with HiddenStateStore(storage, device) as store:
             inputs = record_inputs(outer, outer_blocks, batches, device=device, store=store)
