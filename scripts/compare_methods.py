@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fetch_smollm2 import fetch
 from maiht_lightning import C4Calibration, prune
-from maiht_lightning.data.sources import evaluation_windows
+from maiht_lightning.data.windows import evaluation_windows
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.models.loading import load_model, load_tokenizer
 

@@ -16,7 +16,8 @@ from helpers.byte_model import byte_tokenizer, same_weights, save_folder
 from helpers.sharp_model import perplexity_by_definition
 from maiht_lightning import prune
 from maiht_lightning.cli import main
-from maiht_lightning.data.python_docs import PythonDocsCalibration, python_docs_texts
+from maiht_lightning.data.python_docs import PythonDocsCalibration
+from maiht_lightning.data.sources import python_docs_texts
 from maiht_lightning.data.windows import pack_windows
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.models.sparsity import count_zeros
@@ -207,8 +208,11 @@ def no_training(monkeypatch):
         (["--pruning.pattern", "2:5"], "divisible by 5"),
         (["--pruning.config", "fastest"], "names a preset"),
         (["--pruning.config.mu", "-1"], "mu must be a finite number"),
-        (["--pruning.calibration.init_args.samples", "100000"], "the text is too short"),
-        (["--pruning.evaluation.perplexity", "[wikitext3]"], "unknown text 'wikitext3'"),
+        (["--pruning.calibration.init_args.samples", "100000"], "the text must fill 100000 window(s)"),
+        (
+            ["--pruning.evaluation.perplexity", "[wikitext3]"],
+            "text must be one of wikitext2, c4, python_docs, or the path of a .txt file, but found 'wikitext3'",
+        ),
         (["--model.name_or_path", "./nowhere"], "no model at"),
         (["--model.learning_rate", "-1"], "learning_rate must be"),
         (["--no.such.option", "1"], "no.such.option"),

@@ -69,7 +69,10 @@ def test_evaluate_prints_and_writes_what_is_measured(tiny_folder, tokenizer, tex
     ("options", "message"),
     [
         (["--model", "/nowhere/at/all"], "no model at /nowhere/at/all"),
-        (["--model", "MODEL", "--perplexity", "[wikitext3]"], "unknown text 'wikitext3'"),
+        (
+            ["--model", "MODEL", "--perplexity", "[wikitext3]"],
+            "text must be one of wikitext2, c4, python_docs, or the path of a .txt file, but found 'wikitext3'",
+        ),
         # lm-eval reads all of its 14,000 task files to say what is similar.
         pytest.param(
             ["--model", "MODEL", "--perplexity", "[]", "--tasks", "[boolk]"],

@@ -15,7 +15,7 @@ from helpers.small_task import questions, write_boolq
 from maiht_lightning import C4Calibration, MAIHTConfig, load_compact, prune
 from maiht_lightning.cli import main
 from maiht_lightning.data.python_docs import PythonDocsCalibration
-from maiht_lightning.data.sources import evaluation_windows
+from maiht_lightning.data.windows import evaluation_windows
 
 CONFIG = MAIHTConfig(
     mu=0.3, iterations=12, refine_iterations=3, step_scale=0.7, precision="float64", tolerance=0.3, keep_zeros=True

@@ -17,10 +17,10 @@ from maiht_lightning.data.c4 import C4Calibration, crop_windows, shuffled
 from maiht_lightning.data.calibration import CalibrationSource
 from maiht_lightning.data.local import local_copy
 from maiht_lightning.data.module import TextDataModule
-from maiht_lightning.data.python_docs import PythonDocsCalibration, PythonDocsDataModule, python_docs_texts
-from maiht_lightning.data.sources import evaluation_windows, iterate_texts, load_texts
+from maiht_lightning.data.python_docs import PythonDocsCalibration, PythonDocsDataModule
+from maiht_lightning.data.sources import iterate_texts, load_texts, python_docs_texts
 from maiht_lightning.data.wikitext2 import WikiText2DataModule
-from maiht_lightning.data.windows import cut_windows, pack_windows
+from maiht_lightning.data.windows import cut_windows, evaluation_windows, pack_windows
 from maiht_lightning.pruning.pruner import check_windows
 
 
@@ -85,10 +85,10 @@ def test_local_copy_is_the_file_below_the_folder(tmp_path, monkeypatch):
 
 def test_a_missing_folder_or_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MAIHT_DATA_DIR", str(tmp_path / "absent"))
-    with pytest.raises(FileNotFoundError, match=rf"MAIHT_DATA_DIR.*{tmp_path}/absent,.*unset"):
+    with pytest.raises(FileNotFoundError, match=rf"MAIHT_DATA_DIR.*{tmp_path}/absent:.*unset"):
         local_copy("c4/train.jsonl.gz")
     monkeypatch.setenv("MAIHT_DATA_DIR", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=rf"MAIHT_DATA_DIR.*{tmp_path}/c4/train.jsonl.gz,.*unset"):
+    with pytest.raises(FileNotFoundError, match=rf"MAIHT_DATA_DIR.*{tmp_path}/c4/train.jsonl.gz:.*unset"):
         local_copy("c4/train.jsonl.gz")
 
 
@@ -100,7 +100,7 @@ def test_windows_are_the_stream_in_order_without_its_tail(length, seqlen, sample
     ids = list(range(length))
     whole = length // seqlen
     if whole < (samples or 1):
-        with pytest.raises(ValueError, match=rf"expected {samples or 1} window.*found {length} tokens"):
+        with pytest.raises(ValueError, match=rf"must fill {samples or 1} window.*but found {length} tokens"):
             cut_windows(ids, seqlen, samples)
         return
     windows = cut_windows(ids, seqlen, samples)
@@ -198,10 +198,10 @@ def test_a_text_file_is_one_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("ptb", "test", "unknown text 'ptb': expected one of wikitext2, c4, python_docs"),
-        ("wikitext2", "heldout", "wikitext2 has no split 'heldout': expected one of train, validation, test"),
-        ("c4", "test", "c4 has no split 'test': expected one of train, validation"),
-        ("python_docs", "dev", "python_docs has no split 'dev': expected one of .*train"),
+        ("ptb", "test", "text must be one of wikitext2, c4, python_docs.*but found 'ptb'"),
+        ("wikitext2", "heldout", "split of wikitext2 must be one of train, validation, test, but found 'heldout'"),
+        ("c4", "test", "split of c4 must be one of train, validation, but found 'test'"),
+        ("python_docs", "dev", "split of python_docs must be one of .*train.*but found 'dev'"),
     ],
 )
 def test_unknown_names_and_splits_are_refused_before_anything_is_read(name, split, message, no_hub):
@@ -210,14 +210,14 @@ def test_unknown_names_and_splits_are_refused_before_anything_is_read(name, spli
 
 
 def test_max_windows_below_one_is_refused():
-    with pytest.raises(ValueError, match="max_windows: expected at least 1 or None, found 0"):
+    with pytest.raises(ValueError, match="max_windows must be at least 1, but found 0"):
         evaluation_windows("python_docs", Bytes(), 8, max_windows=0)
 
 
 def test_a_text_shorter_than_a_window_is_refused(tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("short")
-    with pytest.raises(ValueError, match=r"expected 1 window.*seqlen=512.*found 6 tokens"):
+    with pytest.raises(ValueError, match=r"must fill 1 window.*seqlen=512.*but found 6 tokens"):
         evaluation_windows(str(file), Bytes(), 512)
 
 
@@ -292,7 +292,7 @@ def test_python_docs_calibration(tokenizer):
     assert torch.equal(windows, source.windows(tokenizer, 8))
     assert not torch.equal(windows, PythonDocsCalibration(seed=1).windows(tokenizer, 2048))
     assert PythonDocsCalibration(samples=3, seqlen=None).windows(tokenizer, 40).shape == (3, 40)
-    with pytest.raises(ValueError, match=r"expected 64 window\(s\) of seqlen=2048.*fewer samples"):
+    with pytest.raises(ValueError, match=r"must fill 64 window\(s\) of seqlen=2048.*fewer samples"):
         PythonDocsCalibration(seqlen=2048).windows(tokenizer, 256)
 
 
@@ -376,7 +376,7 @@ def test_crops_come_from_documents_longer_than_the_window(lengths, seqlen, sampl
 def test_a_corpus_without_long_documents_is_looked_at_once_and_not_tokenized(corpus):
     corpus(SHORT * 100)
     tokenizer = Bytes()
-    with pytest.raises(ValueError, match="found 0 among 3000 documents; use sampling: packed"):
+    with pytest.raises(ValueError, match="but found 0 among 3000 documents: use sampling: packed"):
         C4Calibration(128, 2048).windows(tokenizer, 0)
     assert tokenizer.seen == []
 
@@ -389,7 +389,7 @@ def test_packed_is_whole_documents_end_to_end(corpus):
     documents = bytes(stream[1:]).decode().split("\x03")
     assert set(documents[:-1]) <= set(SHORT)
     assert documents[:-1] != SHORT[: len(documents) - 1]
-    with pytest.raises(ValueError, match=r"expected 99 window\(s\) of seqlen=20 tokens \(1980 tokens\), found"):
+    with pytest.raises(ValueError, match=r"must fill 99 window\(s\) of seqlen=20 tokens \(1980 tokens\), but found"):
         C4Calibration(99, 20, "packed").windows(Bytes(), 0)
 
 
@@ -422,9 +422,9 @@ def test_shuffled_reads_no_further_than_its_buffer():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 0}, "samples: expected at least 1, found 0"),
-        ({"seqlen": 1}, "seqlen: expected at least 2, found 1"),
-        ({"sampling": "random"}, "sampling: expected one of wanda, packed, found 'random'"),
+        ({"samples": 0}, "samples must be at least 1, but found 0"),
+        ({"seqlen": 1}, "seqlen must be at least 2, but found 1"),
+        ({"sampling": "random"}, "sampling must be one of wanda, packed, but found 'random'"),
     ],
 )
 def test_bad_settings_fail_at_once(settings, message):
@@ -560,7 +560,7 @@ def test_downloading_needs_no_tokenizer(hub):
 
 
 def test_without_any_tokenizer_the_error_says_what_to_do(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"found Bigram without one\. Set `tokenizer`"):
+    with pytest.raises(MisconfigurationException, match=r"but found Bigram without one: set `tokenizer`"):
         trainer(tmp_path).fit(Bigram(), datamodule=PythonDocsDataModule())
     with pytest.raises(MisconfigurationException, match="found no Trainer"):
         PythonDocsDataModule().setup("fit")
@@ -583,7 +583,7 @@ def test_a_small_text_still_trains(tmp_path):
     model = Bigram(Bytes())
     trainer(tmp_path).fit(model, datamodule=Small(seqlen=5, batch_size=8))
     assert [batch.shape for batch in model.batches["fit"]] == [(4, 5)]
-    with pytest.raises(ValueError, match="expected 1 window"):
+    with pytest.raises(ValueError, match="must fill 1 window"):
         trainer(tmp_path).fit(Bigram(Bytes()), datamodule=Small(seqlen=500))
     with pytest.raises(NotImplementedError, match="TextDataModule must say"):
         TextDataModule().prepare_data()
@@ -591,5 +591,5 @@ def test_a_small_text_still_trains(tmp_path):
 
 @pytest.mark.parametrize("setting", [{"seqlen": 1}, {"batch_size": 0}, {"num_workers": -1}])
 def test_bad_datamodule_settings_fail_at_once(setting):
-    with pytest.raises(ValueError, match=f"{next(iter(setting))}: expected at least"):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} must be at least"):
         WikiText2DataModule(**setting)

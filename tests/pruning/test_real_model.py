@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from maiht_lightning import C4Calibration, prune
-from maiht_lightning.data.sources import evaluation_windows
+from maiht_lightning.data.windows import evaluation_windows
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.models.sparsity import count_zeros

@@ -16,7 +16,7 @@ from helpers.byte_model import byte_tokenizer, save_folder
 from helpers.small_texts import load_script, run_script, write_texts
 from maiht_lightning import C4Calibration, MAIHTConfig, prune, prune_layer
 from maiht_lightning.cli import main as maiht
-from maiht_lightning.data.sources import evaluation_windows
+from maiht_lightning.data.windows import evaluation_windows
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.models.sparsity import count_zeros

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from helpers.sharp_model import language, perplexity_by_definition, sharpen
 from maiht_lightning import CausalLMModule, FrozenSparsity, prune
 from maiht_lightning.cli import main
-from maiht_lightning.data.sources import evaluation_windows
+from maiht_lightning.data.windows import evaluation_windows
 from maiht_lightning.models.loading import load_model, load_tokenizer
 from maiht_lightning.models.sparsity import count_zeros
 

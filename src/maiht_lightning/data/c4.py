@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Sampling = Literal["wanda", "packed"]
 
-# Documents held at once to shuffle the shard while it streams. One in thirty is longer than 2,048 tokens,
-# so that 128 windows are found in the first few thousand.
+# Documents that are held at once to shuffle the shard while it streams. One in thirty is longer than 2,048 tokens, so
+# that 128 windows are found in the first few thousand.
 _BUFFER = 10_000
 
 
 class C4Calibration(CalibrationSource):
     """Calibration windows from the first shard of C4's English training text.
 
-    The shard is streamed from the hub (``allenai/c4``) as far as needed, or read from ``c4/train.jsonl.gz``
-    in the folder that ``MAIHT_DATA_DIR`` names. The same seed gives the same windows.
+    The shard is streamed from the hub (`allenai/c4`) as far as needed, or read from `c4/train.jsonl.gz` in the folder
+    that `MAIHT_DATA_DIR` names. The same seed gives the same windows.
 
     Args:
         samples: Number of windows; 128 in papers.
-        seqlen: Tokens in a window. None: the length the caller finds right for the model.
-        sampling: ``wanda``: a random crop out of each of ``samples`` random documents longer than the window
-            (SparseGPT, https://arxiv.org/abs/2301.00774, and Wanda, https://arxiv.org/abs/2306.11695). Where
-            too few are that long, they are cropped again at other places. ``packed``: random documents end to
-            end, with the eos token between, cut into windows: short documents take part too.
+        seqlen: Tokens per window. None: the length that the caller finds right for the model.
+        sampling: `wanda`: a random crop out of each of `samples` random documents longer than the window (SparseGPT,
+            https://arxiv.org/abs/2301.00774, and Wanda, https://arxiv.org/abs/2306.11695). Where too few are that
+            long, they are cropped again at other places. `packed`: random documents end to end, with the eos token
+            between, cut into windows: short documents take part too.
         seed: Of the order of the documents and of the crops.
 
     Raises:
@@ -49,26 +49,26 @@ class C4Calibration(CalibrationSource):
         check_at_least(1, samples=samples)
         check_at_least(2, seqlen=2 if seqlen is None else seqlen)
         if sampling not in get_args(Sampling):
-            raise ValueError(f"sampling: expected one of {', '.join(get_args(Sampling))}, found {sampling!r}")
+            raise ValueError(f"sampling must be one of {', '.join(get_args(Sampling))}, but found {sampling!r}")
         self.samples = samples
         self.seqlen = seqlen
         self.sampling = sampling
         self.seed = seed
 
     def windows(self, tokenizer: "PreTrainedTokenizerBase", seqlen: int) -> Tensor:
-        """Draws the windows.
+        """Draw the windows, the same at each call.
 
         Args:
             tokenizer: The model's tokenizer.
-            seqlen: Tokens in a window, unless the constructor was given a length.
+            seqlen: Tokens per window, unless the constructor was given a length.
 
         Returns:
-            ``(samples, seqlen)``, int64.
+            (samples, seqlen), int64.
 
         Raises:
-            ValueError: No document is longer than a window (``wanda``), or all of them together do not fill
-                the windows (``packed``).
-            FileNotFoundError: ``MAIHT_DATA_DIR`` is set but lacks the file.
+            ValueError: No document is longer than a window (`wanda`), or all of them together do not fill the windows
+                (`packed`).
+            FileNotFoundError: `MAIHT_DATA_DIR` is set but lacks the file.
         """
         seqlen = self.seqlen or seqlen
         rng = random.Random(self.seed)
@@ -79,15 +79,15 @@ class C4Calibration(CalibrationSource):
 
 
 def shuffled(items: Iterable[T], rng: random.Random, buffer_size: int) -> Iterator[T]:
-    """A stream in random order, holding at most ``buffer_size`` items; uniform where all of them fit."""
+    """Bring a stream into random order, holding at most `buffer_size` items; uniform where all of them fit."""
     buffer: list[T] = []
     for item in items:
         if len(buffer) < buffer_size:
             buffer.append(item)
             continue
-        place = rng.randrange(buffer_size)
-        yield buffer[place]
-        buffer[place] = item
+        index = rng.randrange(buffer_size)
+        yield buffer[index]
+        buffer[index] = item
     rng.shuffle(buffer)
     yield from buffer
 
@@ -100,20 +100,20 @@ def crop_windows(
     samples: int,
     rng: random.Random,
 ) -> Tensor:
-    """One random crop out of each of the first ``samples`` documents longer than a window.
+    """Cut one random crop out of each of the first `samples` documents longer than a window.
 
-    Every document is looked at once at most, so that the search ends. Where it ends with too few long
-    documents, these are cropped again in turn, at other random places, with a warning.
+    Every document is looked at once at most, so that the search ends. Where it ends with too few long documents, these
+    are cropped again in turn, at other random places, with a warning.
 
     Args:
         documents: Texts in random order, read only as far as needed.
         tokenizer: A Hugging Face tokenizer.
-        seqlen: Tokens in a window.
+        seqlen: Tokens per window.
         samples: Windows wanted.
         rng: Source of the crops' places.
 
     Returns:
-        ``(samples, seqlen)``, int64.
+        (samples, seqlen), int64.
 
     Raises:
         ValueError: No document is longer than a window.
@@ -122,7 +122,8 @@ def crop_windows(
     looked_at = 0
     for text in documents:
         looked_at += 1
-        # A token covers a byte of text or more, a few special ones apart: this spares many tokenizations.
+        # A token covers a byte of text or more, apart from the few special ones that a tokenizer adds, for which there
+        # are 8. A text of fewer bytes cannot be longer than a window, and tokenizing it would be in vain.
         if len(text.encode()) + 8 < seqlen:
             continue
         ids = tokenize(text, tokenizer)
@@ -132,8 +133,8 @@ def crop_windows(
                 break
     if not long:
         raise ValueError(
-            f"sampling 'wanda' needs documents longer than seqlen={seqlen} tokens: expected at least one, "
-            f"found 0 among {looked_at} documents; use sampling: packed, or a smaller seqlen"
+            f"some documents must be longer than seqlen={seqlen} tokens for sampling: wanda, but found 0 among "
+            f"{looked_at} documents: use sampling: packed, or a smaller seqlen"
         )
     if len(long) < samples:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""What the pruner asks of a source of calibration text."""
+"""`CalibrationSource`: what the pruner asks of a source of calibration text."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 
 class CalibrationSource(ABC):
-    """Where calibration windows come from. A subclass can be given to the pruning callback, and by its class's
-    path to the command line.
+    """Where calibration windows come from.
+
+    A subclass can be given to the pruning callback, and on the command line by its class's path.
 
     Example::
 
@@ -22,12 +23,12 @@ class CalibrationSource(ABC):
 
     @abstractmethod
     def windows(self, tokenizer: "PreTrainedTokenizerBase", seqlen: int) -> Tensor:
-        """Calibration windows.
+        """Draw the windows.
 
         Args:
             tokenizer: The model's tokenizer.
-            seqlen: The length that suits the model; a source with a length of its own may prefer that.
+            seqlen: The length in tokens that suits the model; a source with a length of its own may prefer that.
 
         Returns:
-            ``(samples, seqlen)``, int64, the same at each call. Each window is whole: padding would count as text.
+            (samples, seqlen), int64, the same at each call. Each window is whole: padding would count as text.
         """

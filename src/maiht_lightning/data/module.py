@@ -1,4 +1,4 @@
-"""What the text DataModules share."""
+"""`TextDataModule`: what the text DataModules share."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -26,7 +26,7 @@ class TokenWindows(Dataset[Batch]):
     """Windows as a map-style data set.
 
     Args:
-        windows: ``(windows, seqlen)``, int64.
+        windows: (windows, seqlen), int64.
     """
 
     def __init__(self, windows: Tensor) -> None:
@@ -42,8 +42,8 @@ class TokenWindows(Dataset[Batch]):
 class EpochOrder(Sampler[int]):
     """A random order for each epoch that depends on the seed and the epoch alone.
 
-    So a fit that goes on from a checkpoint sees the windows in the order in which the uninterrupted one would have
-    seen them. Lightning itself would choose another.
+    A fit that resumes from a checkpoint sees the windows in the order in which the uninterrupted one would have seen
+    them. Lightning itself would choose another.
 
     Args:
         size: Windows in all.
@@ -66,7 +66,7 @@ class ResumingLoader(DataLoader[Batch]):
     """A DataLoader that leaves out the batches of an epoch that were trained on before the checkpoint.
 
     It counts batches and not windows: with several processes Lightning shares out the sampler's order among them, and
-    each has done as many batches.
+    each process has done as many batches.
 
     Args:
         dataset: As for `DataLoader`; so are the further keywords.
@@ -87,16 +87,15 @@ class ResumingLoader(DataLoader[Batch]):
 class TextDataModule(LightningDataModule):
     r"""Packed token windows of a text with a train, validation and test split.
 
-    Texts are joined by a blank line, tokenized, and cut into whole windows; the training windows are
-    shuffled. A batch is ``{"input_ids": (batch, seqlen) int64}``. Subclasses say where the text comes from,
-    in :meth:`texts`.
+    Texts are joined by a blank line, tokenized, and cut into whole windows; the training windows are shuffled. A batch
+    is a dictionary with `input_ids` (batch, seqlen), int64. Subclasses say in `texts` where the text comes from.
 
     Args:
-        seqlen: Tokens in a window.
-        batch_size: Windows in a batch, on each device.
+        seqlen: Tokens per window.
+        batch_size: Windows per batch, on each device.
         num_workers: Processes that load batches; 0 is quickest, as the windows lie in memory.
         tokenizer: Name or folder of a Hugging Face tokenizer. None: the one of the model in training
-            (``trainer.lightning_module.tokenizer``).
+            (`trainer.lightning_module.tokenizer`).
 
     Raises:
         ValueError: A setting is out of range.
@@ -116,16 +115,20 @@ class TextDataModule(LightningDataModule):
         self._windows: dict[str, Tensor] = {}
 
     def texts(self, split: str) -> list[str]:
-        """The texts of ``train``, ``validation`` or ``test``, in order."""
+        """List the texts of `train`, `validation` or `test`, in order.
+
+        Raises:
+            NotImplementedError: The subclass has no texts.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say in texts() where its text comes from")
 
     def prepare_data(self) -> None:
-        """Downloads every split, or finds its local copy missing, before any training."""
+        """Download every split, or find its local copy missing, before any training."""
         for split in ("train", "validation", "test"):
             self.texts(split)
 
     def setup(self, stage: str) -> None:
-        """Cuts the windows that the stage needs.
+        """Cut the windows that the stage needs.
 
         Raises:
             MisconfigurationException: There is no tokenizer.
@@ -136,21 +139,21 @@ class TextDataModule(LightningDataModule):
             self._windows[split] = pack_windows(self.texts(split), tokenizer, self.seqlen, separator="\n\n")
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training windows, shuffled anew in each epoch; see `EpochOrder` and `ResumingLoader`."""
+        """Load training windows, shuffled anew in each epoch; see `EpochOrder` and `ResumingLoader`."""
         windows = TokenWindows(self._windows["train"])
         order = EpochOrder(len(windows), self.trainer)
         return ResumingLoader(windows, self.trainer, sampler=order, **self._loader_settings())
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation windows, in order."""
+        """Load validation windows, in order."""
         return DataLoader(TokenWindows(self._windows["validation"]), **self._loader_settings())
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Test windows, in order."""
+        """Load test windows, in order."""
         return DataLoader(TokenWindows(self._windows["test"]), **self._loader_settings())
 
     def _loader_settings(self) -> dict[str, Any]:
-        # The last batch may be smaller. Dropping it would leave a short text with no batch at all.
+        # The last batch may be smaller: dropping it would leave a short text with no batch at all.
         return {
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
@@ -167,8 +170,7 @@ class TextDataModule(LightningDataModule):
         if tokenizer is None:
             found = "no Trainer" if model is None else f"{type(model).__name__} without one"
             raise MisconfigurationException(
-                f"{type(self).__name__} needs a tokenizer: expected one in the LightningModule's "
-                f"`tokenizer` attribute, found {found}. Set `tokenizer` to the name "
-                "or folder of a Hugging Face tokenizer."
+                f"{type(self).__name__} must find a tokenizer in the LightningModule's attribute `tokenizer`, but "
+                f"found {found}: set `tokenizer` to the name or folder of a Hugging Face tokenizer"
             )
         return tokenizer

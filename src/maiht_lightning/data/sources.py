@@ -1,96 +1,63 @@
-"""Texts by name, from the local copy or the Hugging Face hub."""
+"""Texts by name: from the local copy, the Hugging Face hub, a text file, or Python itself."""
 
 import gzip
 import json
 from collections.abc import Iterator
-from itertools import islice
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import Any
 
 from .local import VARIABLE, local_copy
-from .windows import pack_windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NAMES = ("wikitext2", "c4", "python_docs")
 
-# One shard of C4 each: all of it is 300 GB, calibration wants some hundred documents.
+# One shard of C4 per split: all of it is 300 GB, and calibration wants some hundred documents.
 _C4_SHARDS = {
     "train": "en/c4-train.00000-of-01024.json.gz",
     "validation": "en/c4-validation.00000-of-00008.json.gz",
 }
 
-# C4's perplexity in papers: the first 1,100 documents of the validation shard, at most 256 windows
-# (https://github.com/IST-DASLab/sparsegpt, https://github.com/locuslab/wanda).
-_C4_EVALUATION_DOCUMENTS = 1100
-_C4_EVALUATION_WINDOWS = 256
+# Topics of the Python reference that are not for training. Whole topics are chosen by name, so that the splits stay
+# nearly the same from one Python to the next. Each split has long and short topics, prose and grammar.
+_TOPICS = {
+    "heldout": ("calls", "execmodel", "objects", "strings", "types"),
+    "calibration": ("comparisons", "debugger", "formatstrings", "import", "typesseq"),
+}
+_ALIASES = {"validation": "heldout", "test": "heldout"}
+
+# Shorter paragraphs ("For example:") may stand in several topics without giving anything away.
+_SHORT = 80  # characters
 
 
 def load_texts(name: str, split: str) -> list[str]:
-    """All texts of one split of a data set, in order.
+    """Read all texts of one split of a data set, in order.
 
     Args:
-        name: ``wikitext2`` (one text a line, blank ones included), ``c4`` (one shard, one text a document),
-            ``python_docs`` (one text a topic), or the path of a ``.txt`` file (one text).
-        split: ``train``, ``validation`` or ``test``, where the data set has it; a text file has no splits.
+        name: `wikitext2` (one text per line, blank ones included), `c4` (one shard, one text per document),
+            `python_docs` (one text per topic), or the path of a `.txt` file (one text).
+        split: `train`, `validation` or `test`, where the data set has it; a text file has no splits.
 
     Raises:
-        ValueError: No such name, or no such split of it.
-        FileNotFoundError: ``MAIHT_DATA_DIR`` is set but lacks the file, or the text file is missing.
+        ValueError: There is no such name, or no such split of it.
+        FileNotFoundError: `MAIHT_DATA_DIR` is set but lacks the file, or the text file is missing.
     """
     return list(iterate_texts(name, split))
 
 
 def iterate_texts(name: str, split: str) -> Iterator[str]:
-    """The texts of :func:`load_texts` one by one: C4 is read no further than it is consumed."""
+    """Read the texts of `load_texts` one by one: C4 is read no further than it is consumed."""
     if name == "wikitext2":
         return _wikitext2(split)
     if name == "c4":
         return _c4(split)
     if name == "python_docs":
-        from .python_docs import python_docs_texts  # here, as it brings Lightning with it
-
         return iter(python_docs_texts(split))
     if name.endswith(".txt"):
         file = Path(name).expanduser()
         if not file.is_file():
-            raise FileNotFoundError(f"no text file at {file.absolute()}")
+            raise FileNotFoundError(f"text {name!r} must be a file, but found none at {file.absolute()}")
         return iter([file.read_text(encoding="utf-8")])
-    raise ValueError(f"unknown text {name!r}: expected one of {', '.join(NAMES)}, or the path of a .txt file")
-
-
-def evaluation_windows(
-    name: str, tokenizer: "PreTrainedTokenizerBase", seqlen: int, max_windows: int | None = None
-) -> Tensor:
-    r"""Held-out windows, cut as papers do for perplexity.
-
-    WikiText-2: the test split's lines joined by ``"\n\n"``. C4: the first 1,100 documents of the validation
-    shard joined by a space, at most 256 windows. ``python_docs``: the topics held out. Text file: all of it.
-
-    Args:
-        name: As for :func:`load_texts`.
-        tokenizer: A Hugging Face tokenizer.
-        seqlen: Tokens in a window; figures are comparable only at the same length (2048 for LLaMA).
-        max_windows: Take only the first so many; None, as papers do, takes all.
-
-    Returns:
-        ``(windows, seqlen)``, int64.
-
-    Raises:
-        ValueError: Unknown name, a ``max_windows`` below 1, or a text that does not fill a window.
-        FileNotFoundError: As for :func:`load_texts`.
-    """
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows: expected at least 1 or None, found {max_windows}")
-    if name == "c4":
-        documents = islice(iterate_texts("c4", "validation"), _C4_EVALUATION_DOCUMENTS)
-        windows = pack_windows(documents, tokenizer, seqlen, separator=" ")[:_C4_EVALUATION_WINDOWS]
-    else:
-        windows = pack_windows(iterate_texts(name, "test"), tokenizer, seqlen, separator="\n\n")
-    return windows[:max_windows]
+    raise ValueError(f"text must be one of {', '.join(NAMES)}, or the path of a .txt file, but found {name!r}")
 
 
 def _wikitext2(split: str) -> Iterator[str]:
@@ -98,7 +65,8 @@ def _wikitext2(split: str) -> Iterator[str]:
     local = local_copy(f"wikitext2/{split}.parquet")
     if local is None:
         return iter(_from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
-    import pyarrow.parquet  # type: ignore[import-untyped]  # read where it lies: `datasets` would copy it
+    # pyarrow reads the file where it lies: `datasets` would copy it into its cache.
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     return iter(pyarrow.parquet.read_table(local, columns=["text"])["text"].to_pylist())
 
@@ -130,6 +98,60 @@ def _from_hub(path: str, *args: str, **kwargs: Any) -> Any:
         raise
 
 
+def python_docs_texts(split: str) -> list[str]:
+    """Read one split of the language reference behind `help()`, which every Python carries as `pydoc_data.topics`.
+
+    It is about 90 thousand tokens of technical English in all, and needs no network. No topic is in two splits. Topics
+    quote each other at length, so no paragraph is in two splits or twice in one either, apart from the very short; a
+    topic that loses half its text this way is left out.
+
+    Args:
+        split: `train` (the largest), `calibration` or `heldout`; `validation` and `test` are the held-out text too.
+
+    Returns:
+        The topics of the split, one text each.
+
+    Raises:
+        ValueError: There is no such split.
+    """
+    splits = _python_docs_splits()
+    _check_split("python_docs", split, (*splits, *_ALIASES))
+    return list(splits[_ALIASES.get(split, split)])
+
+
+@cache
+def _python_docs_splits() -> dict[str, tuple[str, ...]]:
+    from pydoc_data.topics import topics
+
+    chosen = {name for names in _TOPICS.values() for name in names}
+    members = {
+        **{split: [name for name in names if name in topics] for split, names in _TOPICS.items()},
+        "train": [name for name in topics if name not in chosen],
+    }
+    seen: set[str] = set()
+    # Held-out text claims its paragraphs first, then calibration. The longest topics go first, since it is these that
+    # quote the short ones.
+    splits = {}
+    for split, names in members.items():
+        ordered = sorted(names, key=lambda name: (-len(topics[name]), name))
+        rests = ((name, _unseen_paragraphs(topics[name], seen)) for name in ordered)
+        splits[split] = tuple(rest for name, rest in rests if 2 * len(rest) >= len(topics[name]))
+    return splits
+
+
+def _unseen_paragraphs(text: str, seen: set[str]) -> str:
+    """Leave out the paragraphs in `seen`, whatever their layout, and add the others to it."""
+    kept = []
+    for paragraph in text.split("\n\n"):
+        words = " ".join(paragraph.split())
+        if len(words) >= _SHORT:
+            if words in seen:
+                continue
+            seen.add(words)
+        kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
 def _check_split(name: str, split: str, known: tuple[str, ...]) -> None:
     if split not in known:
-        raise ValueError(f"{name} has no split {split!r}: expected one of {', '.join(known)}")
+        raise ValueError(f"split of {name} must be one of {', '.join(known)}, but found {split!r}")

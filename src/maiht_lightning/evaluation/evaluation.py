@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..data.sources import evaluation_windows
+from ..data.windows import evaluation_windows
 from ..records import StageResult
 from ..validation import check_at_least
 from .lm_eval_tasks import load_tasks

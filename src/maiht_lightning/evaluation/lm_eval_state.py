@@ -1,7 +1,7 @@
 """What lm-eval changes around itself in a process, put back when its work is done.
 
-lm-eval is made for a process of its own. Here it works in the middle of a run: whatever it sets for the process, for the
-model or for the screen is the run's again afterwards, also where it fails.
+lm-eval is made for a process of its own. Here it works in the middle of a run: whatever it sets for the process, for
+the model or for the screen is as before afterwards, also where it fails.
 """
 
 import logging

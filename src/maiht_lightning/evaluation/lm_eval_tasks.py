@@ -128,8 +128,8 @@ def _leaves(name: str, index: Mapping[str, Any]) -> list[str]:
         return [leaf for member in members for leaf in _leaves(member, index)]
     raise ValueError(
         f"tasks must be those that lm-eval defines in YAML, or lists of such, where {VARIABLE} is set, but found "
-        f"{name!r}, which it puts together in another way: name its tasks, or unset {VARIABLE} to read from the Hugging "
-        "Face hub"
+        f"{name!r}, which it puts together in another way: name its tasks, or unset {VARIABLE} to read from the "
+        "Hugging Face hub"
     )
 
 

@@ -63,9 +63,9 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 class Perplexity(Metric):
     """The exponential of the mean cross-entropy over all tokens seen, as a torchmetrics metric.
 
-    Background: `torchmetrics.text.Perplexity` takes a softmax and then its logarithm. That makes the perplexity infinite
-    for float16 logits, and where a target's logit lies 110 below the largest. Here float32 log-softmax losses are summed
-    in float64.
+    Background: `torchmetrics.text.Perplexity` takes a softmax and then its logarithm. That makes the perplexity
+    infinite for float16 logits, and where a target's logit lies 110 below the largest. Here float32 log-softmax losses
+    are summed in float64.
 
     Logits and targets must be aligned already: nothing is shifted. For a causal model and `input_ids` (batch, seqlen),
     give `logits[:, :-1]` and `input_ids[:, 1:]`. Targets of -100 are left out. Under distributed training the sums of
@@ -133,9 +133,10 @@ def perplexity(
 ) -> float:
     """Measure a causal language model's perplexity by the protocol of papers (GPTQ, https://arxiv.org/abs/2210.17323).
 
-    Each window stands alone: its seqlen - 1 predictions count, and the losses are averaged over all windows. The model runs in eval mode; each submodule's mode is put back afterwards. Precision is the caller's: the
-    model's dtype, or an autocast around the call. A model that is not on the computing device (see `prune`) goes there
-    block by block, each with all windows, so that its weights are moved once.
+    Each window stands alone: its seqlen - 1 predictions count, and the losses are averaged over all windows. The model
+    runs in eval mode; each submodule's mode is put back afterwards. Precision is the caller's: the model's dtype, or an
+    autocast around the call. A model that is not on the computing device (see `prune`) goes there block by block, each
+    with all windows, so that its weights are moved once.
 
     Args:
         model: A Hugging Face causal language model: called as `model(input_ids=..., use_cache=False)`, it answers with
