@@ -233,7 +233,7 @@ def test_missing_data_folder_is_named_before_training(options, no_training, caps
     for change in (["--data", "WikiText2DataModule"], ["--pruning.calibration", "C4Calibration"]):
         with pytest.raises(SystemExit):
             main(["fit", *options, *change])
-        assert "MAIHT_DATA_DIR: expected the folder /nowhere" in capsys.readouterr().err
+        assert "MAIHT_DATA_DIR must name a folder, but found none at /nowhere" in capsys.readouterr().err
 
 
 def test_model_without_decoder_blocks_is_refused_before_training(options, no_training, tiny_folder, capsys, tmp_path):

@@ -80,10 +80,10 @@ def test_evaluate_prints_and_writes_what_is_measured(tiny_folder, tokenizer, tex
             marks=pytest.mark.slow,
         ),
         (["--model", "MODEL", "--limit", "0"], "limit"),
-        (["--model", "MODEL", "--output", "not/there.json"], "output: expected a file in an existing folder"),
+        (["--model", "MODEL", "--output", "not/there.json"], "output must be a file in an existing folder"),
         (
             ["--model", "MODEL", "--perplexity", "[fox.txt]", "--output", "."],
-            "output: expected a file in an existing folder",
+            "output must be a file in an existing folder",
         ),
         (
             ["--model", "MODEL", "--perplexity", "[fox.txt]", "--device", "abacus"],

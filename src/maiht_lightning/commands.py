@@ -141,7 +141,7 @@ def _sparsity(model: nn.Module) -> dict[str, float]:
 
 def _check_output(path: str | None) -> None:
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise FileNotFoundError(f"output: expected a file in an existing folder, found {path}")
+        raise FileNotFoundError(f"output must be a file in an existing folder, but found {path}")
 
 
 def _check_device(name: str) -> None:
