@@ -62,8 +62,8 @@ def make_model(name: str, blocks: int | None, dtype: torch.dtype, device: torch.
 def rate_of(phase: str, job: Job, device: Any) -> float:
     """Of the products of a phase, by the estimate's own choice of format."""
     if phase == "capture":
-        return device.half if job.itemsize == 2 else device.single
-    return device.tf32 if job.config.precision == "tf32" else device.single
+        return device.flops_bf16 if job.itemsize == 2 else device.flops_fp32
+    return device.flops_tf32 if job.config.precision == "tf32" else device.flops_fp32
 
 
 def main() -> None:

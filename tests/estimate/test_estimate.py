@@ -19,8 +19,7 @@ from maiht_lightning.capture.grams import add_gram, mirror_, slice_rows
 from maiht_lightning.cli import main
 from maiht_lightning.estimate.advice import advise
 from maiht_lightning.estimate.devices import GIB, SHEETS, _seconds, find_device
-from maiht_lightning.estimate.plan import Job, estimate, gram_flops
-from maiht_lightning.estimate.run import predict_pruning
+from maiht_lightning.estimate.plan import Job, estimate, gram_flops, predict_pruning
 from maiht_lightning.estimate.shape import ModelShape
 from maiht_lightning.estimate.solver import count_solver
 from maiht_lightning.solvers import PruningSpec
@@ -150,6 +149,7 @@ DATA_SHEETS = {
 
 def test_all_named_gpus_are_compared_with_their_data_sheets():
     assert DATA_SHEETS.keys() == SHEETS.keys()
+    assert not any(device.is_host for device in SHEETS.values())
 
 
 @pytest.mark.parametrize("gpu", DATA_SHEETS)
@@ -313,7 +313,7 @@ def test_predicted_memory_is_that_of_a_real_model(tmp_path):
 
 def test_this_machine_is_measured():
     device = find_device("local", 64, 128)
-    assert min(device.memory, device.half, device.single, device.bandwidth, device.fresh) > 0
+    assert min(device.memory, device.flops_bf16, device.flops_fp32, device.bandwidth, device.bandwidth_uncached) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU")
@@ -329,11 +329,12 @@ def test_speeds_are_operations_and_bytes_over_seconds(monkeypatch):
     monkeypatch.setattr("maiht_lightning.estimate.devices._seconds", seconds)
     device = find_device("local", 64, 128)
     assert works == [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32]
-    assert device.single == device.half == 2 * 2048 * 64 * 128 / 0.5
-    assert device.tf32 == device.single  # CPUs have none
+    assert device.flops_fp32 == device.flops_bf16 == 2 * 2048 * 64 * 128 / 0.5
+    assert device.flops_tf32 == device.flops_fp32  # CPUs have none
     assert device.bandwidth == 3 * 4 * 2**24 / 0.5
-    assert device.fresh == device.bandwidth / 2
-    assert device.link == float("inf")
+    assert device.bandwidth_uncached == device.bandwidth / 2
+    assert device.host_link == float("inf")
+    assert device.is_host
     assert device.memory == psutil.virtual_memory().total
 
 
@@ -365,4 +366,5 @@ def test_a_run_with_a_logger_stands_beside_its_prediction(tiny_llama, tmp_path, 
 
 
 def test_models_that_cannot_be_estimated_are_no_error():
-    assert predict_pruning(torch.nn.Linear(3, 3), Job()) == {}
+    sizes = {"samples": 4, "seqlen": 16, "batch_size": 2, "offload": "none"}
+    assert predict_pruning(torch.nn.Linear(3, 3), PruningSpec.parse(), **sizes) == {}

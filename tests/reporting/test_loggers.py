@@ -28,7 +28,7 @@ QUICK = MAIHTConfig(iterations=3, refine_iterations=2)
 def run(tiny_llama, text, tmp_path, monkeypatch):
     """A function that trains and prunes in the folder `run`, always the same, and returns the callback."""
     # Measuring this machine takes longer than the run.
-    monkeypatch.setattr("maiht_lightning.estimate.run.find_device", lambda *_: SHEETS["l40s"])
+    monkeypatch.setattr("maiht_lightning.estimate.plan.find_device", lambda *_: SHEETS["l40s"])
 
     def run(logger, *, figures=False, config=QUICK, **settings):
         if not figures:

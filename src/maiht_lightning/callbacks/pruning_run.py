@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..capture.hidden_states import Storage
-from ..estimate.run import predict_pruning
+from ..estimate.plan import predict_pruning
 from ..evaluation.evaluation import LoadedEvaluation, context_length
 from ..models.blocks import find_blocks, refuse_adapters, weight_of
 from ..models.sparsity import count_zeros, measured_sparsity

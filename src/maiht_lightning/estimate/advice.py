@@ -7,10 +7,10 @@ from .devices import GIB, Device
 from .plan import Estimate, Job, estimate
 from .shape import ModelShape
 
-# Share of a device's memory that can be used; the rest goes to fragments.
+# Share of a device's memory that a run can use: the rest is lost to fragments.
 USABLE = 0.95
 
-# In the order in which they are tried: what costs least comes first.
+# What may be changed, by phase, in the order in which it is tried: what costs least comes first.
 _CHANGES: dict[str, list[dict[str, Any]]] = {
     "finetune": [{"optimizer": "adamw_8bit"}, {"gradient_checkpointing": True}, {"train_batch_size": 1}],
     "capture": [{"batch_size": 1}, {"offload": "cpu"}],
@@ -20,15 +20,15 @@ _CHANGES: dict[str, list[dict[str, Any]]] = {
 
 
 def advise(shape: ModelShape, job: Job, device: Device, found: Estimate) -> list[str]:
-    """One sentence for each phase that needs more memory than the device has; none if all fit."""
+    """Write one sentence for each phase that needs more memory than the device has; none where all fit."""
     room = USABLE * device.memory
     return [_advise(shape, job, device, p.name, room) for p in found.phases if p.device_bytes > room]
 
 
 def _advise(shape: ModelShape, job: Job, device: Device, phase: str, room: float) -> str:
     changes = [change for change in _CHANGES[phase] if replace(job, **change) != job]
-    if device.link == float("inf"):
-        # Host memory is the device's.
+    if device.is_host:
+        # Host memory is the device's own, so that only the disk takes weights out of it.
         changes = [{"offload": "disk"} if "offload" in change else change for change in changes]
     made: dict[str, Any] = {}
     for change in changes:

@@ -1,4 +1,4 @@
-"""What machines can do: data sheets, and measurements of this one."""
+"""What devices can do: figures of data sheets, and measurements of this machine."""
 
 import time
 from collections.abc import Callable
@@ -19,36 +19,54 @@ class Device:
     Args:
         name: As given to `maiht estimate`.
         memory: Bytes.
-        half: Operations a second in products of bfloat16 matrices.
-        single: The same for float32, TF32 not allowed.
-        tf32: The same with TF32; where there is none, as `single`.
-        bandwidth: Bytes a second that its memory reads and writes.
-        fresh: The same where each result goes to memory that is asked for anew, as in a forward pass. On GPUs PyTorch
-            keeps what was freed, so that there is no difference.
-        link: Bytes a second from host memory; infinite where that is its own.
-        base: Bytes that libraries take before any work.
+        flops_bf16: Operations per second in products of bfloat16 matrices.
+        flops_fp32: Operations per second in products of float32 matrices, TF32 not allowed.
+        flops_tf32: Operations per second in products of float32 matrices with TF32; as `flops_fp32` where there is no
+            TF32.
+        bandwidth: Bytes per second that its memory reads and writes.
+        bandwidth_uncached: Bytes per second where each result goes to memory that is newly allocated, as in a forward
+            pass: a CPU must first get it from the system. On GPUs PyTorch's allocator keeps what was freed, so that
+            there is no difference.
+        host_link: Bytes per second from host memory; infinite where the device's memory is the host's.
+        baseline_bytes: Bytes that libraries take before any work.
     """
 
     name: str
     memory: float
-    half: float
-    single: float
-    tf32: float
+    flops_bf16: float
+    flops_fp32: float
+    flops_tf32: float
     bandwidth: float
-    fresh: float
-    link: float = float("inf")
-    base: float = 0.0
+    bandwidth_uncached: float
+    host_link: float = float("inf")
+    baseline_bytes: float = 0.0
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the device computes in the host's own memory, as a CPU does."""
+        return self.host_link == float("inf")
 
 
-# Of the data sheets' figures (dense, without sparsity) large products reach about 70 %, memory 80 %, links 80 %. The
-# libraries and CUDA's context take about half a GiB.
-def _sheet(name: str, gib: float, half: float, single: float, tf32: float, tb: float, link: float) -> Device:
-    half, single, tf32 = (0.7 * TERA * rate for rate in (half, single, tf32))
+def _sheet(name: str, gib: float, bf16: float, fp32: float, tf32: float, tb: float, link: float) -> Device:
+    """Make a device of its data sheet: GiB, TFLOP/s without sparsity, TB/s of its memory, GB/s of its link."""
+    # Large products reach about 70 % of a data sheet's rate, memory and links 80 %. The libraries and CUDA's context
+    # take about half a GiB.
+    flops_bf16, flops_fp32, flops_tf32 = (0.7 * TERA * rate for rate in (bf16, fp32, tf32))
     bandwidth = 0.8e12 * tb
-    return Device(name, gib * GIB, half, single, tf32, bandwidth, fresh=bandwidth, link=0.8e9 * link, base=GIB / 2)
+    return Device(
+        name=name,
+        memory=gib * GIB,
+        flops_bf16=flops_bf16,
+        flops_fp32=flops_fp32,
+        flops_tf32=flops_tf32,
+        bandwidth=bandwidth,
+        bandwidth_uncached=bandwidth,
+        host_link=0.8e9 * link,
+        baseline_bytes=GIB / 2,
+    )
 
 
-# Memory in GiB as the driver counts it; TFLOP/s; TB/s; GB/s. Source: NVIDIA's data sheets of the SXM or desktop cards.
+# Source: NVIDIA's data sheets of the SXM or desktop cards; the memory is as the driver counts it.
 SHEETS = {
     device.name: device
     for device in (
@@ -63,7 +81,7 @@ SHEETS = {
 
 
 def find_device(name: str, width: int = 1024, inner: int = 4096) -> Device:
-    """A device by name; `local` is measured, with products of a model's own shape.
+    """Find a device by name; `local` is measured, with products of a model's own shape.
 
     Args:
         name: One of `SHEETS`, or `local`.
@@ -76,67 +94,71 @@ def find_device(name: str, width: int = 1024, inner: int = 4096) -> Device:
     if name == "local":
         return measure(width, inner)
     if name not in SHEETS:
-        raise ValueError(f"gpu: expected one of {', '.join(SHEETS)} or local, but found {name!r}")
+        raise ValueError(f"gpu must be one of {', '.join(SHEETS)} or local, but found {name!r}")
     return SHEETS[name]
 
 
 def measure(width: int, inner: int) -> Device:
-    """This machine's GPU, or its CPU where it has none."""
+    """Measure this machine's GPU, or its CPU where it has none, with products (tokens, width) x (width, inner)."""
     if torch.cuda.is_available():
-        place = torch.device("cuda")
-        memory, base, link = float(torch.cuda.mem_get_info(place)[1]), GIB / 2, _rate_of_copies(place)
+        device = torch.device("cuda")
+        memory, baseline, link = float(torch.cuda.mem_get_info(device)[1]), GIB / 2, _rate_of_copies(device)
     else:
         import psutil
 
-        place, link = torch.device("cpu"), float("inf")
-        memory, base = float(psutil.virtual_memory().total), float(psutil.Process().memory_info().rss)
-    # Whatever the process has set for its own products.
+        device, link = torch.device("cpu"), float("inf")
+        memory, baseline = float(psutil.virtual_memory().total), float(psutil.Process().memory_info().rss)
+    # The process may have set TF32 for its own products: what is measured must not depend on it.
     with float32_products(tf32=False):
-        single = _rate_of_products(place, torch.float32, width, inner)
+        fp32 = _rate_of_products(device, torch.float32, width, inner)
     with float32_products(tf32=True):
-        tf32 = _rate_of_products(place, torch.float32, width, inner)
+        tf32 = _rate_of_products(device, torch.float32, width, inner)
     return Device(
         name="local",
         memory=memory,
-        half=_rate_of_products(place, torch.bfloat16, width, inner),
-        single=single,
-        tf32=tf32 if place.type == "cuda" else single,
-        bandwidth=_bandwidth(place, fresh=False),
-        fresh=_bandwidth(place, fresh=True),
-        link=link,
-        base=base,
+        flops_bf16=_rate_of_products(device, torch.bfloat16, width, inner),
+        flops_fp32=fp32,
+        flops_tf32=tf32 if device.type == "cuda" else fp32,
+        bandwidth=_bandwidth(device, reuse=True),
+        bandwidth_uncached=_bandwidth(device, reuse=False),
+        host_link=link,
+        baseline_bytes=baseline,
     )
 
 
-def _rate_of_products(place: torch.device, dtype: torch.dtype, width: int, inner: int) -> float:
-    # Large enough for the device to show what it can, and not much larger.
-    work = 4e11 if place.type == "cuda" else 4e9
-    rows = max(64, min(8192 if place.type == "cuda" else 2048, int(work / (2 * width * inner))))
-    tokens = torch.randn(rows, width, device=place).to(dtype)
-    weight = torch.randn(width, inner, device=place).to(dtype)
+def _rate_of_products(device: torch.device, dtype: torch.dtype, width: int, inner: int) -> float:
+    """Measure operations per second of products (rows, width) x (width, inner)."""
+    # The product is large enough for the device to show what it can, and not much larger.
+    work = 4e11 if device.type == "cuda" else 4e9
+    rows = max(64, min(8192 if device.type == "cuda" else 2048, int(work / (2 * width * inner))))
+    tokens = torch.randn(rows, width, device=device).to(dtype)
+    weight = torch.randn(width, inner, device=device).to(dtype)
     out = tokens @ weight
-    return 2.0 * tokens.numel() * inner / _seconds(place, lambda: torch.mm(tokens, weight, out=out))
+    return 2.0 * tokens.numel() * inner / _seconds(device, lambda: torch.mm(tokens, weight, out=out))
 
 
-def _bandwidth(place: torch.device, *, fresh: bool) -> float:
-    # As large as what a model moves, beyond the caches.
-    one, other = torch.randn(2, 2**24, device=place)
-    out = None if fresh else torch.empty_like(one)
-    return 3.0 * 4 * one.numel() / _seconds(place, lambda: torch.add(one, other, out=out))
+def _bandwidth(device: torch.device, *, reuse: bool) -> float:
+    """Measure bytes per second of sums, whose result goes to the same memory each time or to newly allocated one."""
+    # 64 MiB per vector, as a model moves it, lie beyond the caches.
+    one, other = torch.randn(2, 2**24, device=device)
+    out = torch.empty_like(one) if reuse else None
+    return 3.0 * 4 * one.numel() / _seconds(device, lambda: torch.add(one, other, out=out))
 
 
-def _rate_of_copies(place: torch.device) -> float:
+def _rate_of_copies(device: torch.device) -> float:
+    """Measure bytes per second of copies from pinned host memory."""
     host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty_like(host, device=place)
-    return host.numel() / _seconds(place, lambda: there.copy_(host, non_blocking=True))
+    copy = torch.empty_like(host, device=device)
+    return host.numel() / _seconds(device, lambda: copy.copy_(host, non_blocking=True))
 
 
-def _seconds(place: torch.device, work: Callable[[], object]) -> float:
-    """Of one call, the median of several groups of calls."""
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Measure the seconds of one call: the median of several groups of calls."""
 
     def finish() -> None:
-        if place.type == "cuda":
-            torch.cuda.synchronize(place)
+        # A GPU works on its own: its clock is read when all of its work is done.
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     times = []
     for _ in range(7):

@@ -1,6 +1,7 @@
 """Predicting a run's phases: bytes, operations, seconds.
 
-Products take operations over the device's rate for their format; everything else takes bytes moved over its memory's.
+A matrix product takes its operations divided by the device's rate for their format. Everything else takes the bytes
+that it moves, divided by the rate of the device's memory.
 """
 
 from collections.abc import Iterator
@@ -9,16 +10,18 @@ from math import ceil
 from typing import Literal
 
 import torch
+from torch import nn
 
 from ..capture.grams import slice_rows
 from ..solvers import MAIHTConfig, PruningSpec
 from ..solvers.slices import solver_bytes
 from ..validation import check_at_least
-from .devices import GIB, Device
+from .devices import GIB, Device, find_device
 from .shape import ModelShape
 from .solver import count_solver
 
-# Bytes a weight of an optimizer's state, by the weight's own bytes.
+# Bytes per weight of an optimizer's state, by the weight's own bytes. In 8 bits each of two moments has a byte, and a
+# float32 scale per 256 of them.
 OPTIMIZERS = {"adamw": lambda itemsize: 2 * itemsize, "adamw_8bit": lambda itemsize: 2 + 8 / 256}
 
 
@@ -29,20 +32,20 @@ class Job:
     Args:
         dtype: Format of the weights: `bfloat16`, `float16` or `float32`.
         samples: Calibration windows.
-        seqlen: Tokens of a window, in calibration, training and evaluation.
-        batch_size: Windows a calibration forward pass.
+        seqlen: Tokens per window, in calibration, training and evaluation.
+        batch_size: Windows per calibration forward pass.
         method: Pruning method.
         pattern: Sparsity pattern.
         sparsity: Fraction of zeros.
         config: Settings of the solver.
         offload: As for `MAIHTPruning`.
         train_steps: Forward and backward passes; 0 for none.
-        train_batch_size: Windows of each.
+        train_batch_size: Windows per pass.
         gradient_checkpointing: As for `CausalLMModule`.
         optimizer: As for `CausalLMModule`.
         eval_windows: Windows of each measurement, before and after the pruning; 166 are WikiText-2's test set in
             LLaMA's tokens.
-        eval_batch_size: Windows a forward pass.
+        eval_batch_size: Windows per forward pass of a measurement.
     """
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -62,6 +65,7 @@ class Job:
     eval_batch_size: int = 1
 
     def __post_init__(self) -> None:
+        # Parsing the spec checks the method, the pattern and the sparsity.
         _ = self.spec
         for name in ("samples", "seqlen", "batch_size", "train_batch_size", "eval_batch_size"):
             check_at_least(1, **{name: getattr(self, name)})
@@ -103,7 +107,7 @@ class Estimate:
 
     Args:
         phases: In the order in which they run.
-        host_bytes: Most host memory beside what the device holds; with a CPU all is the device's.
+        host_bytes: Most host memory beside what the device holds; none where the host's memory is the device's.
         disk_bytes: The run's folder when it is done: the pruned model and the journal.
         weights: Bytes of the model.
     """
@@ -125,7 +129,7 @@ class Estimate:
 
 
 def gram_flops(inputs: int, tokens: int, device: torch.device) -> float:
-    """Operations of XᵀX's upper triangle for X (tokens, in), as it is computed."""
+    """Count the operations of the upper triangle of XᵀX (in, in) for X (tokens, in), as it is computed in slices."""
     rows = slice_rows(inputs, device)
     return sum(2.0 * tokens * min(rows, inputs - s) * (inputs - s) for s in range(0, inputs, rows))
 
@@ -146,17 +150,64 @@ def estimate(shape: ModelShape, job: Job, device: Device) -> Estimate:
         phases.append(_evaluate(shape, job, device))
     weights = float(shape.parameters * job.itemsize)
     layers = float(shape.prunable * job.itemsize)
-    own_memory = device.link == float("inf")
-    host = 0.0 if own_memory else 3 * GIB + (weights if job.offload == "cpu" else 0.0)
+    # Python with its libraries takes about 3 GiB of host memory.
+    host = 0.0 if device.is_host else 3 * GIB + (weights if job.offload == "cpu" else 0.0)
     return Estimate(tuple(phases), host, disk_bytes=weights + layers, weights=weights)
 
 
+def predict_pruning(
+    model: nn.Module,
+    spec: PruningSpec,
+    *,
+    samples: int,
+    seqlen: int,
+    batch_size: int,
+    offload: Literal["none", "cpu", "disk"] = "none",
+) -> dict[str, dict[str, float]]:
+    """Predict what the pruning of a model at hand should take on this machine, to stand beside what it took.
+
+    Args:
+        model: The causal language model, of which only sizes are read.
+        spec: How its layers are pruned.
+        samples: Calibration windows.
+        seqlen: Tokens per window.
+        batch_size: Windows per calibration forward pass.
+        offload: As for `MAIHTPruning`.
+
+    Returns:
+        By phase of the pruning, `capture` and `solve`, its `seconds`, `flops` and `device_bytes`; empty for models that
+        cannot be estimated.
+    """
+    try:
+        shape, dtype = ModelShape.of(model), str(model.dtype)
+    except (ValueError, TypeError, AttributeError, RuntimeError):
+        # The model is of an unusual kind: its pruning may work all the same, and must not fail for a prediction.
+        return {}
+    job = Job(
+        dtype=dtype.removeprefix("torch."),  # type: ignore[arg-type]
+        samples=samples,
+        seqlen=seqlen,
+        batch_size=batch_size,
+        method=spec.method,
+        pattern=spec.pattern.name,
+        sparsity=spec.sparsity,
+        config=spec.config,
+        offload=offload,
+    )
+    device = find_device("local", shape.hidden, max(shape.grams))
+    return {
+        phase.name: {"seconds": phase.seconds, "flops": phase.flops, "device_bytes": phase.device_bytes}
+        for phase in (_capture(shape, job, device), _solve(shape, job, device))
+    }
+
+
 def _rate(job: Job, device: Device) -> float:
-    return device.half if job.itemsize == 2 else device.single
+    """Choose the rate of the model's own matrix products, in operations per second."""
+    return device.flops_bf16 if job.itemsize == 2 else device.flops_fp32
 
 
 def _forward_flops(shape: ModelShape, job: Job, tokens: float) -> float:
-    """Of one block. Causal attention needs half of its products."""
+    """Count the operations of one block's forward pass. Causal attention needs half of its products."""
     return tokens * (2.0 * sum(layer.weights for layer in shape.layers) + job.seqlen * shape.attention_width)
 
 
@@ -165,13 +216,14 @@ def _block_bytes(shape: ModelShape, job: Job) -> float:
 
 
 def _resident(shape: ModelShape, job: Job, blocks: int = 2) -> float:
-    """Weights on the device while blocks are pruned or measured."""
+    """Count the bytes of weights on the device while blocks are pruned or measured, so many at a time."""
     if job.offload == "none":
         return float(shape.parameters * job.itemsize)
     return shape.outside * job.itemsize + blocks * _block_bytes(shape, job)
 
 
 def _hidden(shape: ModelShape, job: Job) -> float:
+    """Count the bytes of all calibration windows' hidden states (samples, seqlen, hidden)."""
     return float(job.samples * job.seqlen * shape.hidden * job.itemsize)
 
 
@@ -180,41 +232,44 @@ def _finetune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
         return
     tokens, size = job.train_batch_size * job.seqlen, job.itemsize
     block, head = shape.block_counts(size), shape.head_counts(size)
+    # The backward pass has twice the products of the forward pass; with checkpointing the latter runs twice.
     passes = 4 if job.gradient_checkpointing else 3
     head_flops = 3 * 2.0 * tokens * shape.hidden * shape.vocabulary
     flops = job.train_steps * (passes * shape.blocks * _forward_flops(shape, job, tokens) + head_flops)
     state = OPTIMIZERS[job.optimizer](size)
     moved = tokens * (shape.blocks * (block.training + block.forward * (passes - 3)) + head.training)
-    # Gradients, weights and moments are read, and all but the gradients written.
+    # In the optimizer's step, gradients, weights and moments are read and all but the gradients written; before it, the
+    # backward pass has written the gradients.
     moved += shape.parameters * (3 * size + 2 * state + size)
     saved = tokens * (
         shape.hidden * size * shape.blocks + block.saved if job.gradient_checkpointing else block.saved * shape.blocks
     )
-    # The loss and its gradient by the logits, in float32 and in the weights' format.
+    # The gradient by the logits (tokens, vocabulary) exists in float32 and in the weights' format.
     logits = tokens * (head.saved + shape.vocabulary * (4 + size))
-    memory = device.base + shape.parameters * (2 * size + state) + saved + logits
-    seconds = flops / _rate(job, device) + job.train_steps * moved / device.fresh
+    memory = device.baseline_bytes + shape.parameters * (2 * size + state) + saved + logits
+    seconds = flops / _rate(job, device) + job.train_steps * moved / device.bandwidth_uncached
     yield Phase("finetune", flops, seconds, memory)
 
 
 def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     tokens, size = job.samples * job.seqlen, job.itemsize
-    place = torch.device("cpu" if device.link == float("inf") else "cuda")
-    # Each block runs twice, once up to the input of its last layer.
+    torch_device = torch.device("cpu" if device.is_host else "cuda")
+    # Each block runs twice: as the dense block up to the input of its last layer, and when it is pruned.
     forward = shape.blocks * (2 * _forward_flops(shape, job, tokens) - 2.0 * tokens * shape.layers[-1].weights)
-    grams = shape.blocks * sum(gram_flops(n, tokens, place) for n in shape.grams)
+    grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
     batches = ceil(job.samples / job.batch_size)
-    # A product is written in float32 and added to half of the sum in float64; inputs are turned to float32.
+    # Per batch, half of a product (in, in) is written and read in float32 and added to the sum in float64. The inputs
+    # (tokens, in) are turned to float32.
     moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams) + tokens * sum(shape.grams) * (size + 4)
-    gram_rate = device.tf32 if size == 2 or job.config.precision == "tf32" else device.single
+    gram_rate = device.flops_tf32 if size == 2 or job.config.precision == "tf32" else device.flops_fp32
     seconds = forward / _rate(job, device) + grams / gram_rate + shape.blocks * moved / device.bandwidth
-    seconds += shape.blocks * 2 * tokens * shape.block_counts(size).forward / device.fresh
+    seconds += shape.blocks * 2 * tokens * shape.block_counts(size).forward / device.bandwidth_uncached
     if job.offload != "none":
-        seconds += shape.blocks * _block_bytes(shape, job) / device.link
+        seconds += shape.blocks * _block_bytes(shape, job) / device.host_link
     widest = max(shape.grams)
-    sums = sum(8.0 * n * n for n in shape.grams) + 4.0 * slice_rows(widest, place) * widest
+    sums = sum(8.0 * n * n for n in shape.grams) + 4.0 * slice_rows(widest, torch_device) * widest
     working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest)
-    memory = device.base + _resident(shape, job) + sums + _hidden(shape, job) + working
+    memory = device.baseline_bytes + _resident(shape, job) + sums + _hidden(shape, job) + working
     return Phase("capture", forward + grams, seconds, memory)
 
 
@@ -222,32 +277,35 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     counts = count_solver(job.spec)
     flops = shape.blocks * sum(counts.products * layer.outputs * layer.inputs**2 for layer in shape.layers)
     if job.method in ("sparsegpt", "admm"):
-        # Factorising and inverting the Gram matrix.
+        # Both factorise and invert the Gram matrix (in, in).
         flops += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
     if job.method == "sparsegpt":
-        # Updates of the columns in later blocks of columns: the small layers that are counted have one block.
+        # SparseGPT also updates the columns in later blocks of columns. `count_solver` does not see it, as its small
+        # layers have one block.
         flops += shape.blocks * sum(1.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
     moved = shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
-    rates = {"float32": device.single, "tf32": device.tf32, "float64": device.single / 2}
+    rates = {"float32": device.flops_fp32, "tf32": device.flops_tf32, "float64": device.flops_fp32 / 2}
     seconds = flops / rates[job.config.precision] + moved / device.bandwidth
-    item = job.config.dtype.itemsize
     config = job.config
     state = max(solver_bytes((la.outputs, la.inputs), config.dtype, config.memory_budget) for la in shape.layers)
-    grams = item * (sum(n * n for n in shape.grams) + max(shape.grams) ** 2)
+    # A block's Gram matrices (in, in), and the one at work once more, scaled.
+    grams = config.dtype.itemsize * (sum(n * n for n in shape.grams) + max(shape.grams) ** 2)
     results = job.itemsize * sum(layer.weights for layer in shape.layers) if job.offload == "none" else 0
-    memory = device.base + _resident(shape, job) + grams + state + results + _hidden(shape, job)
+    memory = device.baseline_bytes + _resident(shape, job) + grams + state + results + _hidden(shape, job)
     return Phase("solve", flops, seconds, memory)
 
 
 def _evaluate(shape: ModelShape, job: Job, device: Device) -> Phase:
+    # The model is measured twice, before and after the pruning.
     tokens, size = 2 * job.eval_windows * job.seqlen, job.itemsize
     block, head = shape.block_counts(size), shape.head_counts(size)
     flops = shape.blocks * _forward_flops(shape, job, tokens) + 2.0 * tokens * shape.hidden * shape.vocabulary
     moved = tokens * (shape.blocks * block.forward + head.forward)
-    seconds = flops / _rate(job, device) + moved / device.fresh
+    seconds = flops / _rate(job, device) + moved / device.bandwidth_uncached
     batch = job.eval_batch_size * job.seqlen
-    memory = device.base + _resident(shape, job) + batch * (block.peak + shape.vocabulary * size) + 2**28
+    # Beside a block's tensors lie the logits (batch, vocabulary), of which chunks are turned to float32.
+    memory = device.baseline_bytes + _resident(shape, job) + batch * (block.peak + shape.vocabulary * size) + 2**28
     if job.offload != "none":
-        seconds += 2 * shape.blocks * _block_bytes(shape, job) / device.link
+        seconds += 2 * shape.blocks * _block_bytes(shape, job) / device.host_link
         memory += job.eval_windows * job.seqlen * shape.hidden * size
     return Phase("evaluate", flops, seconds, memory)

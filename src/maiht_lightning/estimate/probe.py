@@ -2,7 +2,7 @@
 
 A twin of the model with one block and one with two differ by what a block costs; the rest is outside the blocks.
 All that is counted grows linearly with the number of tokens, so two short windows tell what a token costs. Attention
-alone does not: it is replaced by a stand-in that keeps what a fused kernel keeps, and its products are counted by
+alone grows faster: it is replaced by a stand-in that keeps what a fused kernel keeps, and its products are counted by
 formula.
 """
 
@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.blocks import find_blocks, find_linears
 
-# Lengths of the two windows.
+# Lengths of the two windows, in tokens.
 FEWER, MORE = 32, 64
 _ATTENTION = "maiht_estimate"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Bytes a token.
+    """What a part of a model does, in bytes per token.
 
     Args:
         saved: Activations kept for the backward pass, each once, without parameters.
@@ -44,7 +44,8 @@ class Structure:
     """What a forward pass shows of a model.
 
     Args:
-        group_of: The number of each linear layer's input, by the layer's name in the block, in the order they run.
+        group_of: The number of each linear layer's input, by the layer's name in the block, in the order in which they
+            run.
         attention_width: See `ModelShape`.
         vocabulary: Columns of the logits.
     """
@@ -55,11 +56,11 @@ class Structure:
 
 
 def reset_twin(kind: type[nn.Module], config: Any, blocks: int, dtype: torch.dtype) -> nn.Module:
-    """A model of the same kind on the meta device with few blocks; `config` is changed."""
+    """Make a model of the same kind on the meta device with so many blocks; `config` is changed."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION, _attention)
-    # Names of the number of blocks differ, and some configs list a kind for each block.
+    # transformers maps `num_hidden_layers` to a config's own name for it. Some configs list a kind for each block.
     config.num_hidden_layers = blocks
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:blocks]
@@ -70,37 +71,40 @@ def reset_twin(kind: type[nn.Module], config: Any, blocks: int, dtype: torch.dty
 
 
 def width_of(model: nn.Module) -> int:
-    """Width of the hidden states: that of the embeddings, of which no model here has two."""
+    """Find the width of the hidden states: that of the embeddings, of which no model here has two."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.embedding_dim)
 
 
 def count_block(twin: Callable[[int, torch.dtype], nn.Module], dtype: torch.dtype) -> tuple[Counts, Counts, Structure]:
-    """What a block, and what everything else, does for a token.
+    """Count what a block, and what everything else, does for a token.
 
     Args:
         twin: Makes a model on the meta device with so many blocks and weights of a dtype.
         dtype: That of the weights.
+
+    Returns:
+        The counts of a block, those of everything else, and the block's structure.
     """
     structure = Structure()
     one, two = (_count(twin(blocks, dtype), structure) for blocks in (1, 2))
     block = [b - a for a, b in zip(one, two, strict=True)]
     rest = [a - b for a, b in zip(one, block, strict=True)]
-    # Peaks do not add up: that of a block is taken from within it.
+    # Peaks do not add up, so the difference of two models says nothing of a block's: it is taken from within the block.
     saved, forward, training = block[:3]
     outside = Counts(saved=rest[0], forward=rest[1], training=rest[2], peak=one[4])
     return Counts(saved=saved, forward=forward, training=training, peak=one[3]), outside, structure
 
 
 def _count(model: nn.Module, structure: Structure) -> list[float]:
-    """Saved bytes, forward and training traffic, peak within the block and over all, each a token."""
+    """Count saved bytes, forward and training traffic, peak within the block and over all, each per token."""
     fewer, more = (_count_window(model, structure, tokens) for tokens in (FEWER, MORE))
-    # What is done once a step, such as writing gradients of parameters, cancels.
+    # What is done once per step, such as writing the parameters' gradients, is the same for both and cancels.
     return [(b - a) / (MORE - FEWER) for a, b in zip(fewer, more, strict=True)]
 
 
 def _count_window(model: nn.Module, structure: Structure, length: int) -> list[int]:
-    """As `_count`, for a window of tokens."""
+    """Count the same as `_count`, in bytes of one window of so many tokens."""
     tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, Tensor] = {}
@@ -135,7 +139,7 @@ def _count_window(model: nn.Module, structure: Structure, length: int) -> list[i
 
 
 def _watch(block: nn.Module, structure: Structure, traffic: "Traffic") -> list[Any]:
-    """Hooks that number the inputs of a block's linear layers and bound the block in time."""
+    """Hook into a block to number the inputs of its linear layers and to note when it begins and ends."""
     inputs: list[Tensor] = []
 
     def see(name: str, given: Tensor) -> None:
@@ -226,7 +230,7 @@ _attention_width = [0]
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as a fused kernel keeps it: query, key, value, output and one number a query."""
+    """Attention that keeps what a fused kernel keeps: query, key, value, output and one number per query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -242,7 +246,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """In the place of a transformers attention function: tensors (batch, heads, tokens, size)."""
+    """Stand in for a transformers attention function; the tensors have shape (batch, heads, tokens, size)."""
     _attention_width[0] = query.shape[1] * (query.shape[-1] + value.shape[-1])
     output = _Attention.apply(query, key, value)
     return output.transpose(1, 2).contiguous(), None

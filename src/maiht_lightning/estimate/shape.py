@@ -98,7 +98,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "") -> "ModelShape":
-        """The shape of a Hugging Face causal language model, wherever its parameters are; none is read.
+        """Find the shape of a Hugging Face causal language model, wherever its parameters are; none is read.
 
         Raises:
             ValueError: It has no decoder blocks of equal sizes, or cannot be built from its config.
@@ -106,10 +106,10 @@ class ModelShape:
         found = find_blocks(model)
         sizes = [[tuple(weight_of(linear).shape) for linear in find_linears(b).values()] for b in found.modules]
         if any(size != sizes[0] for size in sizes):
-            raise ValueError(f"the decoder blocks at {found.path} differ in size: only equal ones can be estimated")
+            raise ValueError(f"the decoder blocks at {found.path} must be of equal sizes, but found different ones")
         config, kind = getattr(model, "config", None), type(model)
         if config is None:
-            raise ValueError(f"{kind.__name__} has no config: expected a Hugging Face causal language model")
+            raise ValueError(f"the model must have a Hugging Face config, but found {kind.__name__} without one")
 
         def twin(blocks: int, dtype: torch.dtype) -> nn.Module:
             return reset_twin(kind, copy.deepcopy(config), blocks, dtype)
@@ -120,7 +120,10 @@ class ModelShape:
         linears = find_linears(block)
         missing = [layer for layer in linears if layer not in structure.group_of]
         if missing:
-            raise ValueError(f"the linear layers {', '.join(missing)} did not run, so their inputs are unknown")
+            raise ValueError(
+                "each linear layer of a block must run, so that its input is known, but found that "
+                f"{', '.join(missing)} did not run"
+            )
         layers = tuple(
             LayerShape(layer, weight_of(linears[layer]).shape[1], weight_of(linears[layer]).shape[0], group)
             for layer, group in structure.group_of.items()
@@ -142,7 +145,7 @@ class ModelShape:
 
     @classmethod
     def from_source(cls, name_or_path: str) -> "ModelShape":
-        """The shape of a hub name, folder, `.gguf` file or `config.json`; of a hub model only its config is fetched.
+        """Find the shape of a hub name, folder, `.gguf` file or `config.json`; from the hub only the config is fetched.
 
         Raises:
             FileNotFoundError, OSError: As `load_model`.
@@ -157,7 +160,7 @@ class ModelShape:
         else:
             config = AutoConfig.from_pretrained(path if path.exists() else name_or_path)
         with suppress(AttributeError):
-            # Weights in files may be quantised; the run's are not.
+            # Weights in files may be quantised; those of a run are not.
             del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

@@ -9,16 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..solvers import LayerSolver, PruningSpec
 from .probe import Traffic
 
-# Inputs of the small layers, and rows of two of them.
+# The small layers have so many inputs, and two of them so many rows: what differs between these grows with the rows.
 _WIDTH, _FEWER, _MORE = 64, 64, 128
 
 
 @dataclass(frozen=True)
 class SolverCounts:
-    """What a method does; all of it grows with these.
+    """What a method does for a layer (out, in), over the sizes that it grows with.
 
     Args:
-        products: Operations in matrix products for a layer (out, in), divided by out · in².
+        products: Operations in matrix products, divided by out · in².
         moved: Bytes that all else reads and writes, divided by out · in.
     """
 
@@ -28,7 +28,7 @@ class SolverCounts:
 
 @cache
 def count_solver(spec: PruningSpec) -> SolverCounts:
-    """Count what a layer's solution takes."""
+    """Count what it takes to solve a layer, by solving small ones with random weights and inputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         inputs, weight = torch.randn(4 * _WIDTH, _WIDTH), torch.randn(_MORE, _WIDTH)

@@ -7,7 +7,7 @@ from .plan import Estimate
 
 
 def phase_table(found: Estimate, title: str) -> Table:
-    """A row a phase, and what the run needs beside the device."""
+    """Show one row per phase, and what the run needs beside the device."""
     table = Table("phase", title=title, min_width=len(title) + 2)
     for heading in ("PFLOP", "time", "memory"):
         table.add_column(heading, justify="right")
