@@ -4,7 +4,7 @@
     python scripts/bench_llama7b.py --model 70b-shape --offload cpu --blocks 4
     python scripts/bench_llama7b.py --blocks 1 --samples 1 --seqlen 128 --iterations 2 --refine-iterations 1  # CPU
 
-For each phase: seconds, matrix products a second as a fraction of what this machine was measured to do in their
+For each phase: seconds, matrix products per second as a fraction of what this machine was measured to do in their
 format, and peak memory. Beside it stands what `maiht estimate` predicts for this machine and for others.
 """
 
@@ -60,7 +60,7 @@ def make_model(name: str, blocks: int | None, dtype: torch.dtype, device: torch.
 
 
 def rate_of(phase: str, job: Job, device: Any) -> float:
-    """Of the products of a phase, by the estimate's own choice of format."""
+    """Choose the rate of a phase's products, by the format of most of them."""
     if phase == "capture":
         return device.flops_bf16 if job.itemsize == 2 else device.flops_fp32
     return device.flops_tf32 if job.config.precision == "tf32" else device.flops_fp32

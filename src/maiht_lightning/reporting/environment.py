@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     found["Python"] = platform.python_version()
-    # Not `platform.platform()`: a kernel built by hand carries its builder's name.
+    # `platform.platform()` would also name the kernel, and one built by hand carries its builder's name.
     found["platform"] = f"{platform.system()} {platform.machine()}"
     found["device"] = device_name()
     if torch.version.cuda and torch.cuda.is_available():
@@ -49,6 +49,7 @@ def device_name() -> str:
 
 
 def _cpu_model() -> str:
+    """Name the CPU's model as Linux does, or what Python knows of it."""
     try:
         with open("/proc/cpuinfo") as file:
             models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
@@ -67,5 +68,5 @@ def peak_memory_bytes() -> int:
     """Find the highest GPU memory of this process, or without a GPU its highest resident memory, in bytes."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    # Kilobytes on Linux, bytes on macOS.
+    # The system counts in kilobytes on Linux, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 DPI = 150
 WIDTH = 9.0
-# Okabe and Ito's palette: told apart with any colour vision. Yellow is left out, it is too light for lines.
+# Okabe and Ito's palette can be told apart with any colour vision. Yellow is left out: it is too light for lines.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 INK, FAINT = "#333333", "#DDDDDD"
 
 
 def blank_figure(width: float, height: float) -> "Figure":
-    """A white figure of a size in inches, which lays itself out."""
+    """Make a white figure of a size in inches, which lays itself out."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")

@@ -24,7 +24,8 @@ class Picture(NamedTuple):
 def picture(path: Path, name: str, caption: str) -> Picture:
     """Embed a PNG file at the size in which it was drawn."""
     data = path.read_bytes()
-    # Width and height are the first fields of the first chunk, after the signature.
+    # A PNG's width and height are the first fields of its first chunk, which begins after 16 bytes of signature and
+    # chunk header.
     width, height = (side * CSS_PIXELS_PER_INCH // DPI for side in struct.unpack(">II", data[16:24]))
     return Picture(f"data:image/png;base64,{b64encode(data).decode()}", width, height, name, caption)
 

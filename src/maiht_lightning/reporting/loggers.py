@@ -1,4 +1,4 @@
-"""Writing a pruning to Lightning's loggers: W&B with curves over the blocks, tables and figures, others with metrics.
+"""Writing a pruning to Lightning's loggers: W&B gets curves over the blocks, tables and figures, others get metrics.
 
 Logging must never cost a pruned model: what a logger raises is turned into a warning.
 """
@@ -151,6 +151,7 @@ def log_model(loggers: Sequence[Logger], folder: Path) -> None:
 
 
 def _each(loggers: Sequence[Logger], action: Callable[[Logger], None]) -> None:
+    """Do something with each logger. What one raises becomes a warning, and the others get their turn."""
     for logger in loggers:
         try:
             action(logger)

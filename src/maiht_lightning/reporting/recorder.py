@@ -134,7 +134,7 @@ class RunRecorder:
         if not self.summary.predicted or report.resumed or self.settings["config"]["tolerance"]:
             # Blocks from the journal took no time here, and a solver that stops early leaves iterations out.
             return {}
-        # Not the summary's, which are those of all shots.
+        # The summary's seconds are those of all prunings of the run, but the prediction is that of one.
         seconds = {"capture": report.capture_seconds, "solve": report.solve_seconds}
         return {phase: found["flops"] / seconds[phase] / 1e12 for phase, found in self.summary.predicted.items()}
 

@@ -36,7 +36,7 @@ def draw_rows(path: Path, rows: list[Row]) -> Path | None:
     styles = _pattern_styles([row.pattern for row in pruned])
     dense = [row for row in rows if row.method == "dense"]
     legend = _methods_legend(colours, dense)
-    # Names of settings are long: one below the other then.
+    # Names with settings are long: such labels stand one below the other.
     columns_of_legend = min(4, len(legend)) if max(len(str(line.get_label())) for line in legend) < 30 else 1
     lines = sum(1 + str(line.get_label()).count("\n") for line in legend) / columns_of_legend
     figure = blank_figure(max(6.5, min(WIDTH, 4.5 * len(texts))), 3.6 + 0.22 * (lines + 1))
@@ -74,12 +74,13 @@ def _pattern_styles(patterns: list[str]) -> dict[str, dict[str, Any]]:
 def _draw_text(
     axes: "Axes", text: str, rows: list[Row], colours: dict[str, str], styles: dict[str, dict[str, Any]]
 ) -> None:
+    """Draw the pruned models' perplexities of one text: one line or set of marks per method and pattern."""
     column = f"{text}/pruned"
     rows = [row for row in rows if column in row.values]
     sparsities = [100 * row.sparsity for row in rows]
     step = 0.03 * (max(sparsities) - min(sparsities) or 10)
     grouped = [pattern for pattern in styles if ":" in pattern]
-    # Marks of N:M patterns would lie on those of the same sparsity without one.
+    # Marks of N:M patterns would lie on those of unstructured models of the same sparsity: they stand to the left.
     shifts = {pattern: -step * (grouped.index(pattern) + 1) if pattern in grouped else 0.0 for pattern in styles}
     axes.set_yscale("log")
     for method, colour in colours.items():
@@ -98,7 +99,7 @@ def _draw_text(
                     label=f"{method}, {pattern}",
                     **style,
                 )
-            # A value that is not finite has no place on the axis: its mark stands above it.
+            # A value that is not finite has no place on the axis: its mark stands above the axes.
             for row in members:
                 if row not in finite:
                     axes.annotate(
@@ -117,6 +118,7 @@ def _draw_text(
 
 
 def _draw_dense(axes: "Axes", text: str, rows: list[Row]) -> None:
+    """Draw a dashed line at the perplexity of each dense model, with its number."""
     for row, style in zip(rows, _dense_styles(rows).values(), strict=True):
         value = row.mean(f"{text}/dense")
         if isfinite(value):
@@ -135,11 +137,12 @@ def _draw_dense(axes: "Axes", text: str, rows: list[Row]) -> None:
 
 
 def _label_decades(axes: "Axes") -> None:
+    """Label a logarithmic axis with plain numbers, closer where it spans few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
     if high < 1000 * low:
-        # Powers of ten alone would be a label or two.
+        # Over fewer than three decades, powers of ten alone would be a label or two.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

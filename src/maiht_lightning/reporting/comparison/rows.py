@@ -63,7 +63,7 @@ def _dense_rows(runs: list[Run]) -> list[Row]:
     differing = _differing([run.measurement_settings for run in runs])
     rows = []
     for members in _grouped(runs, lambda run: run.measurement_settings):
-        # Runs of one dense model measure the same thing again: what is equal counts once.
+        # Runs of one dense model measure the same thing again: equal measurements count once.
         distinct = {json.dumps(values): values for run in members if (values := _values(run, "dense"))}
         if distinct:
             label, group = _label(members[0].measurement_settings, differing), _key(members[0].measurement_settings)
@@ -96,6 +96,7 @@ def _distinct(runs: list[Run]) -> list[dict[str, float]]:
 
 
 def _setting(run: Run) -> tuple[str, str, float]:
+    """Give what has columns of its own: method, pattern and sparsity."""
     return run.summary.method, run.summary.pattern, run.summary.sparsity
 
 
@@ -129,7 +130,7 @@ def _mark_best(rows: list[Row]) -> None:
         for column in dict.fromkeys(key for row in members for key in row.values):
             better = Comparison.better(column)
             having = [row for row in members if column in row.values and not isnan(row.mean(column))]
-            # Where all are equal none is best.
+            # Bold marks a difference: where all means are equal, or there is one row alone, none is marked.
             if better is None or len({row.mean(column) for row in having}) < 2:
                 continue
             best = better(row.mean(column) for row in having)
@@ -139,10 +140,12 @@ def _mark_best(rows: list[Row]) -> None:
 
 
 def _pattern_order(pattern: str) -> tuple[int, str]:
+    """Sort unstructured before by row, and N:M patterns last, by their names."""
     return {"unstructured": 0, "row": 1}.get(pattern, 2), pattern
 
 
 def _key(settings: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """Make settings hashable, whatever their order."""
     return tuple(sorted(settings.items()))
 
 

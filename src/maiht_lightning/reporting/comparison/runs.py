@@ -10,7 +10,8 @@ from statistics import fmean
 from ..formats import flatten
 from ..summary import SUMMARY_FILE, Summary
 
-# Settings that do not change what a run's numbers mean: paths, and what is only shown.
+# Settings, by the beginnings of their names, that do not change what a run's numbers mean: paths, and what is only
+# shown.
 IRRELEVANT = (
     "output_dir",
     "config",
@@ -20,11 +21,11 @@ IRRELEVANT = (
     "trainer.log_every_n_steps",
     "trainer.enable_",
 )
-# The dense model depends on nothing that comes after it.
+# Settings of what is done after the dense model was measured: they cannot change that measurement ...
 AFTER_THE_DENSE = ("pruning.", "sparse_finetune.")
-# But for these, which say how it is measured.
+# ... except these, which say how it is measured.
 MEASURING = "pruning.evaluation."
-# These three have columns of their own.
+# These three have columns of their own in a comparison, and are no further distinctions.
 IN_COLUMNS = ("pruning.method", "pruning.sparsity", "pruning.pattern")
 
 
@@ -123,7 +124,7 @@ def _configuration(folder: Path) -> dict[str, str]:
     if path.exists():
         config = yaml.safe_load(path.read_text()) or {}
     elif journal.exists():
-        # Somebody's own script: the solver's settings are all that is known.
+        # The run was made by a script and not by `maiht`: the journal knows the solver's settings and nothing else.
         config = {"pruning": {"config": json.loads(journal.read_text()).get("config")}}
     else:
         config = {}

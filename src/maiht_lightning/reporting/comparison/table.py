@@ -113,7 +113,7 @@ class Comparison:
             "solve_seconds": "{:.1f}".format,
         }.get(kind, formats.percent)
         deviation = row.deviation(column)
-        # What is the same in all runs, as the zeros are and most often the dense model, needs no deviation.
+        # A value that is the same in all runs, as the zeros are and most often the dense model, needs no deviation.
         if not isfinite(deviation) or deviation == 0:
             return form(row.mean(column))
         return f"{form(row.mean(column))} ± {f'{deviation:.2g}' if form is formats.error else form(deviation)}"

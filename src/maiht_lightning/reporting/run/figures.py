@@ -104,10 +104,12 @@ def relative_error_figure(records: list[LayerRecord]) -> "Figure | None":
 
 
 def _kinds(records: list[LayerRecord]) -> list[str]:
+    """List the kinds of layers, such as `mlp.down_proj`, in the order in which they first appear."""
     return list(dict.fromkeys(record.layer for record in records))
 
 
 def _whole_numbers(axes: "Axes") -> None:
+    """Number the blocks along the axis, without fractions and without crowding."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
@@ -255,7 +257,7 @@ def kept_figure(records: list[LayerRecord]) -> "Figure | None":
 
 
 def kept_percent(records: Sequence[LayerRecord]) -> float:
-    """Percentage of these layers' weights that are not zero."""
+    """Compute the percentage of these layers' weights that are not zero."""
     total = sum(record.shape[0] * record.shape[1] for record in records)
     return 100 * (1 - sum(record.zeros for record in records) / total)
 

@@ -107,6 +107,7 @@ def _draw_choices(axes: "Axes", courses: list[Course]) -> None:
 
     colours = _choice_colours()
     for row, course in enumerate(courses):
+        # Iterations count from 1, as in the curves above: a cell is centred on its iteration's number.
         axes.pcolormesh(
             [i + 0.5 for i in range(course.exact + 1)],
             [row - 0.4, row + 0.4],

@@ -105,6 +105,7 @@ def headline(summary: Summary, records: list[LayerRecord]) -> list[Tile]:
 
 
 def _ratio(perplexities: dict[str, float]) -> str:
+    """Name the stages of a course, and by which factor the last perplexity is that of the first."""
     names, values = list(perplexities), list(perplexities.values())
     arrow = " → ".join(names)
     if len(values) < 2 or not all(map(isfinite, values)) or values[0] <= 0:

@@ -7,7 +7,7 @@ from .. import formats
 
 
 class TableRow(NamedTuple):
-    """A measure, and how it is written at each stage.
+    """One measure of a model, and how it is written at each stage.
 
     Args:
         name: What was measured.
