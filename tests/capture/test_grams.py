@@ -40,3 +40,12 @@ def test_on_the_way_through_the_block_before_batches_get_its_arguments():
     assert [group.names for group in found] == [group.names for group in expected]
     for one, two in zip(found, expected, strict=True):
         assert torch.equal(one.gram, two.gram)
+    seen = []
+    handle = blocks[1].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0]), with_kwargs=True
+    )
+    with torch.no_grad():
+        for tokens in windows.split(2):
+            model(tokens)
+    handle.remove()
+    assert all(torch.equal(batch.hidden, own) for batch, own in zip(inputs.batches, seen, strict=True))
