@@ -7,28 +7,29 @@ sparsity is reached, then gradient steps on the support.
 
 The names of Algorithm 1, and what they are here:
 
-    B         `target` (out, in)         the scaled dense weight W0 · diag(d), where the iteration starts
-    A         `correlation` + μI (in, in) the Gram matrix XᵀX scaled to a unit diagonal, with the ridge
-    S         `current()` (out, in)      the point that an iteration has accepted
-    Z, V      `candidates`               the accelerated and the plain candidate for the next S
-    Y         only as u(Y), `u_y`        the extrapolated point from which Z is made
-    u(S)      `stepped` (out, in)        the gradient step S − α∇f(S), with ∇f(S) = (S − B) A
-    α         `step_size`                below 1 / λmax(A)
-    λ         `penalty`                  of ‖S‖₀; (1, 1), or (out, 1) where each row is a problem of its own
-    t, t_prev `t`, `t_previous`          Nesterov's sequence
+    B          `target`              (out, in)  the scaled dense weight W0 · diag(d), where the iteration starts
+    A          `correlation` + μI    (in, in)   the Gram matrix XᵀX scaled to a unit diagonal, with the ridge
+    S          `current()`           (out, in)  the point that an iteration has accepted; S_prev the one before it
+    Z, V       `candidates`          (out, in)  the accelerated and the plain candidate for the next S
+    u(S)       `stepped`             (out, in)  the gradient step S − α∇f(S), with ∇f(S) = (S − B) A
+    Y          only as u(Y), `u_y`   (out, in)  the extrapolated point, from whose gradient step Z is made
+    α          `step_size`                      below 1 / λmax(A)
+    λ          `penalty`                        of ‖S‖₀: (1, 1), or (out, 1) where each row is a problem of its own
+    t, t_prev  `t`, `t_previous`                Nesterov's sequence
 
-What differs: the paper's form needs four products with A an iteration (two gradients, two losses). Here it
-needs two. Gradient steps u(S) are affine in S, so u of the extrapolated point is the same linear
-combination of the u's at hand, and f(S) = ½⟨S − B, ∇f(S)⟩ comes with the gradient.
+What differs: the paper's form needs four products with A per iteration (two gradients, two losses). This one needs
+two. Gradient steps u(S) are affine in S, so u(Y) is the same linear combination of gradient steps at hand as Y is of
+points, and f(S) = ½⟨S − B, ∇f(S)⟩ comes with the gradient.
 
 The support differs a little from that of the authors' program. Where λ ends up so large that fewer weights are left
-than are to be kept, it is filled up: theirs takes the zeros that come first in memory, this one those that the next
-gradient step would raise highest, so that up to twice the missing number of entries differ. And theirs keeps one weight
-more in a layer than numel − floor(s · numel).
+than are to be kept, the support is filled up: theirs takes the zeros that come first in memory, this one those that the
+next gradient step would raise highest, so that up to twice the missing number of entries differ. And theirs keeps one
+weight more in a layer than numel − floor(s · numel).
 """
 
+from functools import partial
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weigh
 from .slices import Slices, rows_within
 from .solution import Solution, padded
 
-# Iterations between two looks at whether the course has settled, where that is asked for.
+# Where a tolerance is set, so many iterations lie between two looks at whether the objective has converged.
 CHECK_EVERY = 5
 
 
@@ -49,7 +50,7 @@ class Candidate:
     Attributes:
         value: S (out, in).
         stepped: u(S) = S − α∇f(S) (out, in).
-        loss: f(S), float64, (1, 1) or one a row (out, 1).
+        loss: f(S), float64, (1, 1), or (out, 1) where each row is a problem of its own.
         nonzeros: Entries of S that thresholding has kept, shaped as `loss`.
     """
 
@@ -59,7 +60,7 @@ class Candidate:
 
 
 class Point(NamedTuple):
-    """The rows of a candidate that are computed at a time.
+    """The rows of a candidate in the slice that is being computed.
 
     Args:
         candidate: Z or V.
@@ -107,7 +108,7 @@ class HardThresholding:
         self.slices = Slices(len(target), rows or len(target), correlation.device)
         self.residual = torch.empty_like(target[self.slices.parts[0]], device=correlation.device)
         self.gradient = torch.empty_like(self.residual)
-        # The dense start: its gradient is 0, so a gradient step stays there.
+        # All begin at the dense weight B: its gradient is 0, so that its gradient step u(B) is B again.
         self.candidates = [Candidate(target) for _ in range(accelerated + plain)]
         self.accelerated, self.plain = accelerated, plain
         self.stepped = target.clone()
@@ -133,23 +134,28 @@ class HardThresholding:
         return loss
 
     def threshold(self, value: Tensor, stepped: Tensor, penalty: Tensor) -> Tensor:
-        """Take the proximal step of λ‖·‖₀, or keep N of M, at a gradient step; returns how many entries stay."""
+        """Write H_τ(`stepped`), or its N largest of every M, to `value`; returns how many entries stay."""
         kept = self.residual[: len(value)]
         if self.pattern.group:
             keep_of_groups_(value, stepped, self.pattern.keep, self.pattern.group, kept)
-            # As many in every candidate: they do not matter to the monitor.
+            # Every candidate keeps as many entries, so that their number does not matter to the monitor.
             return torch.zeros_like(penalty)
         tau = (2 * self.step_size * penalty).sqrt().to(stepped.dtype)
         hard_threshold_(value, stepped, tau, kept)
         return self._per_problem(kept.sum(1))
 
     def step(self, penalty: Tensor) -> None:
-        """One iteration at penalty λ, (1, 1) or one a row (out, 1), float64.
+        """Do one iteration at penalty λ, float64, (1, 1) or (out, 1).
 
-        For a fixed λ and with the plain candidate, F_λ(S) = f(S) + λ‖S‖₀ does not increase.
+            Y = S + (t_prev / t) (Z − S) + ((t_prev − 1) / t) (S − S_prev)
+            Z = H_τ(u(Y)),  V = H_τ(u(S)),  τ = sqrt(2 α λ)
+            S_prev, S = S, (Z if F_λ(Z) ≤ F_λ(V) else V)
+
+        For a fixed λ and with the plain candidate V, F_λ(S) = f(S) + λ‖S‖₀ does not increase.
         """
-        # The extrapolated point is Y = S + a (Z − S) + b (S − S_prev). u is affine, so u(Y) is the same combination of
-        # u(S), u(Z) and u(S_prev): in two interpolations (1 − a) ((1 − c) S_prev + c S) + a Z, c = 1 + b / (1 − a).
+        # With a = t_prev / t and b = (t_prev − 1) / t, Y = S + a (Z − S) + b (S − S_prev), and u(Y) is the same
+        # combination of u(S), u(Z) and u(S_prev), since u is affine. It is made by two interpolations:
+        # (1 − a) ((1 − c) u(S_prev) + c u(S)) + a u(Z), where c = 1 + b / (1 − a).
         a, b = self.t_previous / self.t, (self.t_previous - 1) / self.t
         c = 1 + b / (1 - a)
         first, last = self.candidates[0], self.candidates[-1]
@@ -165,18 +171,18 @@ class HardThresholding:
             u_y = self.gradient[: len(stepped)]  # u(Y) (rows, in)
             if self.accelerated:
                 torch.mul(stepped, 1 - c, out=u_y)
-            # The last iteration has chosen S among its candidates: `stepped` becomes u(S).
+            # The last iteration has accepted Z or V as S: `stepped` turns from u(S_prev) into u(S).
             torch.where(self.took_accelerated, points[0].stepped, points[-1].stepped, out=stepped)
             if self.accelerated:
                 u_y.add_(stepped, alpha=c).lerp_(points[0].stepped, a)
             for candidate, value, after in points:
                 start = u_y if self.accelerated and candidate is first else stepped
-                candidate.nonzeros += self.threshold(value, start, penalty)
-                candidate.loss += self.measure(value, after, target)
+                candidate.nonzeros += self.threshold(value, start, penalty)  # Z or V (rows, in) into `value`
+                candidate.loss += self.measure(value, after, target)  # its gradient step (rows, in) into `after`
                 self.slices.give_back(candidate.value, part, value)
                 self.slices.give_back(candidate.stepped, part, after)
             self.slices.give_back(self.stepped, part, stepped)
-        # ‖·‖₀ enters as a difference: with λ‖S‖₀ far above f, the sums would round the decision away.
+        # F_λ(Z) ≤ F_λ(V), with ‖·‖₀ as a difference: where λ‖S‖₀ is far above f, sums would round the decision away.
         self.took_accelerated = first.loss - last.loss <= penalty * (last.nonzeros - first.nonzeros)
         self.loss = torch.where(self.took_accelerated, first.loss, last.loss)
         self.nonzeros = torch.where(self.took_accelerated, first.nonzeros, last.nonzeros)
@@ -189,7 +195,7 @@ class HardThresholding:
         return torch.where(took_accelerated, first.value, last.value, out=first.value)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """S and u(S) (out, in) after the last step. There can be no further one: other memory is given back."""
+        """S and u(S) (out, in) after the last step. No further step is possible, since other memory is given back."""
         value, first, last = self.current(), self.candidates[0], self.candidates[-1]
         took_accelerated = self.took_accelerated.to(self.target.device)
         torch.where(took_accelerated, first.stepped, last.stepped, out=self.stepped)
@@ -197,12 +203,12 @@ class HardThresholding:
         return value, self.stepped
 
     def refine(self, value: Tensor, keep: Tensor, steps: int, tolerance: float = 0.0) -> list[Tensor]:
-        """Gradient steps on a support, in place.
+        """Take gradient steps on a support, in place.
 
         Args:
             value: S (out, in).
             keep: The support as numbers (out, in), 1 and 0.
-            steps: How many at most.
+            steps: Gradient steps t2 at most.
             tolerance: Stop when `CHECK_EVERY` steps together lower f by no more than this fraction.
 
         Returns:
@@ -218,7 +224,7 @@ class HardThresholding:
                 losses.append(self.measure(rows, stepped, target).sum())
             self.slices.give_back(value, part, rows)
             courses.append(losses)
-        # Slices may have settled at different times.
+        # Slices may have converged at different times: those that stopped early stay at their last loss.
         courses = [padded(losses, max(map(len, courses))) for losses in courses]
         return [torch.stack(losses).sum() for losses in zip(*courses, strict=True)]
 
@@ -232,11 +238,11 @@ def _has_converged(losses: list[Tensor], tolerance: float) -> bool:
 
 
 def initial_penalty(target: Tensor, step_size: float, pattern: Pattern) -> Tensor:
-    """λ0 = q² / (2α), float64: the threshold that a first step from the dense weight applies is q.
+    """λ0 = q² / (2α), float64: the first iteration from the dense weight then thresholds at q.
 
-    q is the |B| that 95 % of the entries exceed for sparsities above 0.35, 99 % below 0.15, 97 % between. With so
-    many zeros (dead features, or a weight that was pruned before) that q would be one, so that λ would stay 0, only
-    the other entries count.
+    q is the |B| that 95 % of the entries exceed for sparsities above 0.35, 99 % below 0.15, 97 % between. Where B has
+    so many zeros (dead features, or a weight that was pruned before) that q would be 0, and λ would stay 0, only the
+    other entries count.
     """
     quantile = 0.05 if pattern.sparsity > 0.35 else 0.01 if pattern.sparsity < 0.15 else 0.03
     size = pattern.units(target).abs()
@@ -249,10 +255,10 @@ def initial_penalty(target: Tensor, step_size: float, pattern: Pattern) -> Tenso
 def solve(
     weight: Tensor,
     gram: ScaledGram,
+    step_size: float,
     pattern: Pattern,
     config: MAIHTConfig,
     *,
-    step_size: float,
     accelerated: bool = True,
     plain: bool = True,
 ) -> Solution:
@@ -261,9 +267,9 @@ def solve(
     Args:
         weight: W0 (out, in).
         gram: The scaled Gram matrix of the layer's inputs.
+        step_size: α, from the function of this name.
         pattern: What to prune and how much.
-        config: Iterations and ridge.
-        step_size: α from `step_size`.
+        config: Iterations t1 and t2, ridge μ, tolerance, memory budget and `keep_zeros`.
         accelerated: Try the accelerated candidate.
         plain: Try the plain candidate; with both this is mAIHT.
 
@@ -271,35 +277,18 @@ def solve(
         The pruned weight in `gram`'s dtype. Its objective is f(S) after each thresholding iteration and from
         the final support on after each refining step.
     """
-    options: dict[str, Any] = {"step_size": step_size, "accelerated": accelerated, "plain": plain}
     rows = rows_within(config.memory_budget, weight.shape, gram.norms.dtype)
-    if rows == len(weight) or pattern.name != "row":
-        return _solve(weight, gram, pattern, config, rows=rows, **options)
-    # Rows that are problems of their own are solved slice after slice, which may stop early at different times.
-    parts = [_solve(part, gram, pattern, config, rows=len(part), **options) for part in weight.split(rows)]
-    return Solution.concatenate(parts)
-
-
-def _solve(
-    weight: Tensor,
-    gram: ScaledGram,
-    pattern: Pattern,
-    config: MAIHTConfig,
-    *,
-    rows: int,
-    step_size: float,
-    accelerated: bool,
-    plain: bool,
-) -> Solution:
+    if rows < len(weight) and pattern.name == "row":
+        # Rows that are problems of their own are solved slice after slice, which may stop early at different times.
+        one = partial(solve, gram=gram, step_size=step_size, pattern=pattern, config=config)
+        return Solution.concatenate([one(part, accelerated=accelerated, plain=plain) for part in weight.split(rows)])
     device = weight.device
+    norms, dense = gram.norms, weight
     if rows < len(weight):
-        # What must outlive a slice waits in host memory.
-        norms, dense = gram.norms.cpu(), weight.cpu()
-    else:
-        norms, dense = gram.norms, weight
+        # What must outlive a slice waits in host memory: B, and the candidates with their gradient steps (out, in).
+        norms, dense = norms.cpu(), dense.cpu()
     target, exponent = scale_weight(dense, norms)
     penalty = initial_penalty(target, step_size, pattern) if not pattern.group else target.new_zeros(1, 1).double()
-    penalty = penalty.to(device)
     iteration = HardThresholding(
         target,
         gram.correlation,
@@ -311,9 +300,36 @@ def _solve(
         rows=rows,
         keep_zeros=config.keep_zeros,
     )
-    losses, choices = [], []
-    margin = 0.015 if pattern.sparsity > 0.35 else 0.01
-    entries = target.shape[1] if iteration.nonzeros.shape[0] > 1 else target.numel()
+    losses, choices = _shrink_support(iteration, penalty.to(device), pattern, config)
+    sparse, stepped = iteration.finish()
+
+    # λ may have gone a little too far, so that S (out, in) has fewer nonzeros than are to be kept: those entries come
+    # back that the next gradient step u(S) would raise highest. Dead features go by magnitude.
+    mask = pattern.mask(sparse.abs(), stepped.abs_(), dense.abs().to(sparse.dtype))
+    keep = mask.to(sparse.dtype)
+    losses += iteration.refine(sparse.mul_(keep), keep, config.refine_iterations, config.tolerance)
+    del iteration, keep, stepped
+
+    result = unscale_weight(sparse, exponent, norms)
+    if bool((norms == 0).any()):
+        # A kept weight of a dead feature cannot change the layer's outputs: it stays what it was in W0 (out, in).
+        result = torch.where(mask & (norms == 0), dense.to(result.dtype), result)
+    return Solution(
+        result.to(device),
+        mask.to(device),
+        objective=[v * 4.0**exponent for v in torch.stack(losses).tolist()],
+        accelerated=torch.stack(choices).tolist() if accelerated and plain and choices else [],
+    )
+
+
+def _shrink_support(
+    iteration: HardThresholding, penalty: Tensor, pattern: Pattern, config: MAIHTConfig
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Iterate under an adapted λ until the support is small enough; returns the losses and the monitor's choices."""
+    losses: list[Tensor] = []
+    choices: list[Tensor] = []
+    margin = 0.015 if pattern.sparsity > 0.35 else 0.01  # δ
+    entries = iteration.target.shape[1] if len(iteration.nonzeros) > 1 else iteration.target.numel()
     support: Tensor | None = None
     for _ in range(config.iterations):
         penalty = penalty * (1 + pattern.sparsity - margin - (1 - iteration.nonzeros / entries))
@@ -325,26 +341,7 @@ def _solve(
             changed = 1.0 if before is None else float((before ^ support).sum()) / support.numel()
             if changed <= config.tolerance and _has_converged(losses, config.tolerance):
                 break
-    del support
-    sparse, stepped = iteration.finish()
-
-    # λ may have gone a little too far, so that fewer weights are left than asked for: those come back that the
-    # next gradient step would raise highest. Dead features go by magnitude.
-    mask = pattern.mask(sparse.abs(), stepped.abs_(), dense.abs().to(sparse.dtype))
-    keep = mask.to(sparse.dtype)
-    losses += iteration.refine(sparse.mul_(keep), keep, config.refine_iterations, config.tolerance)
-    del iteration, keep, stepped
-
-    result = unscale_weight(sparse, exponent, norms)
-    if bool((norms == 0).any()):
-        # A kept weight of a dead feature cannot matter: it stays what it was.
-        result = torch.where(mask & (norms == 0), dense.to(result.dtype), result)
-    return Solution(
-        result.to(device),
-        mask.to(device),
-        objective=[v * 4.0**exponent for v in torch.stack(losses).tolist()],
-        accelerated=torch.stack(choices).tolist() if accelerated and plain and choices else [],
-    )
+    return losses, choices
 
 
 def step_size(gram: ScaledGram, config: MAIHTConfig) -> float:

@@ -17,8 +17,8 @@ class Method(NamedTuple):
     """A pruning method in two parts, so that layers with the same input share the first.
 
     Args:
-        prepare: (gram, config) → whatever the method computes once for a Gram matrix.
-        solve: (weight, gram, prepared, pattern, config) → Solution, with the weight W0 (out, in).
+        prepare: (gram, config) → what the method computes once per Gram matrix.
+        solve: (weight, gram, prepared, pattern, config) → Solution, with W0 (out, in) as the weight.
     """
 
     prepare: Callable[[ScaledGram, MAIHTConfig], Any]
@@ -26,23 +26,13 @@ class Method(NamedTuple):
 
 
 def _nothing(gram: ScaledGram, config: MAIHTConfig) -> None:
-    """Stand in for the first part of methods that have none."""
-
-
-def _hard_thresholding(*, accelerated: bool, plain: bool) -> Method:
-    return Method(maiht.step_size, partial(_threshold, accelerated=accelerated, plain=plain))
-
-
-def _threshold(
-    weight: Tensor, gram: ScaledGram, step_size: float, pattern: Pattern, config: MAIHTConfig, **candidates: bool
-) -> Solution:
-    return maiht.solve(weight, gram, pattern, config, step_size=step_size, **candidates)
+    """Stand in for the first part of methods that prepare nothing."""
 
 
 METHODS: dict[str, Method] = {
-    "maiht": _hard_thresholding(accelerated=True, plain=True),
-    "aiht": _hard_thresholding(accelerated=True, plain=False),
-    "iht": _hard_thresholding(accelerated=False, plain=True),
+    "maiht": Method(maiht.step_size, maiht.solve),
+    "aiht": Method(maiht.step_size, partial(maiht.solve, plain=False)),
+    "iht": Method(maiht.step_size, partial(maiht.solve, accelerated=False)),
     "wanda": Method(_nothing, wanda.solve),
     "magnitude": Method(_nothing, magnitude.solve),
     "sparsegpt": Method(sparsegpt.prepare, sparsegpt.solve),
