@@ -202,11 +202,11 @@ def no_training(monkeypatch):
     ("change", "message"),
     [
         (["--pruning.method", "foo"], "method must be one of maiht, "),
-        (["--pruning.sparsity", "1.5"], "sparsity is the fraction of zeros"),
+        (["--pruning.sparsity", "1.5"], "sparsity must be the fraction of zeros"),
         (["--pruning.sparsity", "0.7", "--pruning.pattern", "2:4"], "means a sparsity of 0.5"),
         (["--pruning.pattern", "3:2"], "pattern '3:2' keeps N = 3 of M = 2"),
         (["--pruning.pattern", "2:5"], "divisible by 5"),
-        (["--pruning.config", "fastest"], "names a preset"),
+        (["--pruning.config", "fastest"], "config must be a preset"),
         (["--pruning.config.mu", "-1"], "mu must be a finite number"),
         (["--pruning.calibration.init_args.samples", "100000"], "the text must fill 100000 window(s)"),
         (

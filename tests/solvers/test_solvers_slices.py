@@ -1,4 +1,4 @@
-"""Layers solved in slices of rows under a memory budget, and courses that stop when they have settled."""
+"""Layers solved in slices of rows under a memory budget, and iterations that stop when they have converged."""
 
 import pytest
 import torch
@@ -7,21 +7,21 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from helpers.problems import FLOAT64, make_problem
 from maiht_lightning.solvers import MAIHTConfig, prune_layer
 from maiht_lightning.solvers.problem import relative_error, scale_gram
-from maiht_lightning.solvers.slices import MATRICES, Slices, rows_within
+from maiht_lightning.solvers.slices import Slices, rows_within, solver_bytes
 
 PATTERNS = ["unstructured", "row", "2:4"]
 ITERATIVE = ["maiht", "aiht", "iht"]
 
 
-def budget(rows, inputs, itemsize=8):
-    return MATRICES * rows * inputs * itemsize
+def budget(rows, inputs, dtype=torch.float64):
+    return solver_bytes((rows, inputs), dtype)
 
 
 @pytest.fixture(params=[False, True], ids=["views", "copies"])
 def copies(request, monkeypatch):
     """Also the way of a GPU, where a slice is copied in and out of buffers."""
     if request.param:
-        monkeypatch.setattr(Slices, "_elsewhere", lambda self, matrix: True)
+        monkeypatch.setattr(Slices, "_is_offloaded", lambda self, matrix: True)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12, 23])
@@ -44,7 +44,7 @@ def test_slices_give_the_same_answer(method, pattern, rows):
 def test_slices_in_float32(pattern):
     weight, gram = (tensor.float() for tensor in make_problem(1, 96, 64))
     whole = prune_layer(weight, gram, pattern=pattern)
-    sliced = prune_layer(weight, gram, pattern=pattern, config=MAIHTConfig(memory_budget=budget(20, 64, 4)))
+    sliced = prune_layer(weight, gram, pattern=pattern, config=MAIHTConfig(memory_budget=budget(20, 64, torch.float32)))
     assert sliced.mask.sum() == whole.mask.sum()
     assert (sliced.mask == whole.mask).float().mean() > 0.999
     assert sliced.relative_error == pytest.approx(whole.relative_error, rel=1e-4)
@@ -66,14 +66,14 @@ def test_memory_stays_within_the_budget(pattern):
     assert peak(MAIHTConfig(**few)) < 12 * size + gram_and_scaled
     if pattern == "row":
         # A result and its mask for each slice, and these put together.
-        limit = budget(64, 256, 4)
+        limit = budget(64, 256, torch.float32)
         assert peak(MAIHTConfig(**few, memory_budget=limit)) < limit + 2.5 * size + gram_and_scaled
 
 
 def test_rows_within_a_budget():
     assert rows_within(None, (100, 8), torch.float32) == 100
-    assert rows_within(budget(7, 8, 4), (100, 8), torch.float32) == 7
-    assert rows_within(budget(7, 8, 4) - 1, (100, 8), torch.float32) == 6
+    assert rows_within(budget(7, 8, torch.float32), (100, 8), torch.float32) == 7
+    assert rows_within(budget(7, 8, torch.float32) - 1, (100, 8), torch.float32) == 6
     assert rows_within(10**9, (100, 8), torch.float32) == 100
     with pytest.raises(ValueError, match=r"memory_budget must hold at least one row .* 352 bytes .*found 351"):
         rows_within(351, (100, 8), torch.float32)

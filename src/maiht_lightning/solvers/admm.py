@@ -9,9 +9,9 @@ In the first steps the mask keeps the largest |S + U| at a sparsity that grows a
 frozen. For N:M patterns the entries outside the N largest of their group go in the same gradual way, smallest first
 over the whole layer. The result is the last Z.
 
-What differs: exact counts; and the authors' program (github.com/fmfi-compbio/admm-pruning) grows the sparsity so for
-`row` and N:M alone, while for `unstructured` it asks for all of it from the first step on, without the paper's
-schedule.
+What differs: counts are exact here. And the authors' program (github.com/fmfi-compbio/admm-pruning) grows the sparsity
+in this way for `row` and N:M alone; for `unstructured` it asks for all of it from the first step on, without the
+paper's schedule.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ from .patterns import Pattern
 from .problem import ScaledGram, scale_weight, unscale_weight
 from .solution import Solution
 
-# The paper's settings: steps, those in which the mask changes, penalty ρ, damping of the unit diagonal.
+# The paper's settings: all steps, the first ones in which the mask changes, penalty ρ, damping of the unit diagonal.
 STEPS = 20
 MASK_STEPS = 15
 RHO = 1.0
@@ -33,7 +33,7 @@ DAMPING = 0.1
 
 
 class Prepared(NamedTuple):
-    """What ADMM computes once for a Gram matrix.
+    """What ADMM computes once per Gram matrix.
 
     Args:
         damped: A = C + damping · I (in, in).
@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
-    """A and (A + ρI)⁻¹.
+    """Compute A and (A + ρI)⁻¹.
 
     Raises:
         FloatingPointError: The damped Gram matrix is not positive definite.
@@ -75,13 +75,13 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
         config: `keep_zeros` alone; other settings are the paper's.
 
     Returns:
-        The pruned weight in `gram`'s dtype; a kept weight of a dead feature stays what it was. No objective:
-        that would cost a further product a step.
+        The pruned weight in `gram`'s dtype; a kept weight of a dead feature stays what it was. There is no objective,
+        which would cost one more product per step.
     """
     target, exponent = scale_weight(weight, gram.norms)
-    size = weight.abs().to(target.dtype)
-    pull = target @ prepared.damped
-    current, dual = target.clone(), torch.zeros_like(target)
+    size = weight.abs().to(target.dtype)  # |W0| (out, in)
+    pull = target @ prepared.damped  # B A (out, in)
+    current, dual = target.clone(), torch.zeros_like(target)  # S and U (out, in)
     mask = torch.ones_like(target, dtype=torch.bool)
     for step in range(STEPS):
         proposal = current + dual
@@ -89,7 +89,7 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
             proposal.mul_(size != 0)
         if step < MASK_STEPS:
             growing = pattern.sparsity * (1 - (1 - (step + 1) / MASK_STEPS) ** 3)
-            # Dead features, all equal here, go by magnitude.
+            # Columns of dead features are 0 in S and U alike: |W0| decides among their entries.
             if not pattern.group:
                 mask = replace(pattern, sparsity=growing).mask(proposal.abs(), size)
             else:
@@ -97,7 +97,7 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
                 if step + 1 < MASK_STEPS:
                     score = proposal.abs().masked_fill_(mask, torch.inf)
                     mask = Pattern("unstructured", growing).mask(score, size)
-        sparse = proposal * mask
+        sparse = proposal * mask  # Z (out, in)
         dual = proposal - sparse
         current = (pull + RHO * (sparse - dual)) @ prepared.inverse
     if config.keep_zeros:

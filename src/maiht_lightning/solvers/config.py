@@ -10,24 +10,29 @@ Precision = Literal["float32", "float64", "tf32"]
 
 @dataclass(frozen=True)
 class MAIHTConfig:
-    """How mAIHT (and AIHT, IHT) iterate. The defaults are the paper's.
+    """Settings of the solvers. The defaults are the mAIHT paper's.
+
+    `precision` and `keep_zeros` serve every method; the other settings are those of `maiht`, `aiht` and `iht`.
 
     Args:
-        mu: ℓ2 penalty μ added to the unit-diagonal Gram matrix; pulls the weights towards the dense ones.
+        mu: ℓ2 penalty μ added to the unit-diagonal Gram matrix; it pulls the weights towards the dense ones.
         iterations: Thresholding iterations t1.
         refine_iterations: Gradient steps t2 on the support found.
         step_scale: Step size as a fraction of 1 / λmax, above 0 and below 1.
         precision: Floating-point format in which the layer's problem is solved. `tf32` is float32 whose products
             round their inputs to TF32 on CUDA devices that have it (Ampere and later): faster and less accurate;
             elsewhere it is float32.
-        tolerance: Stop early when over five iterations no more than this fraction of the support has changed and the
-            objective by no more than this fraction; likewise for the refining. 0, as in the paper: never.
-        memory_budget: Bytes on the weight's device for the solver beside the Gram matrix, or None for what it takes
-            (11 matrices of the weight's size). A layer that needs more is solved in slices of rows, with the same
-            answer but for rounding. Unless the pattern is `row`, what must outlive a slice waits in host memory, so
-            on the CPU a budget saves little then.
-        keep_zeros: Weights that are 0 already stay 0 and count among the zeros asked for, with every method: for
-            pruning in several shots. Where there are more of them than asked for, all stay.
+        tolerance: Stop early when over five iterations the objective has changed by no more than this fraction, and no
+            more than this fraction of the support; likewise for the refining. 0, as in the paper, means never.
+        memory_budget: Bytes on the weight's device that the solver may take beside the Gram matrix; None for as many
+            as it needs (11 matrices of the weight's size). A layer that needs more is solved in slices of rows, with
+            the same answer but for rounding. Unless the pattern is `row`, what must outlive a slice waits in host
+            memory, so that on the CPU a budget saves little.
+        keep_zeros: Weights that are 0 already stay 0 and count among the zeros asked for: for pruning in several
+            steps. Where there are more of them than asked for, all stay.
+
+    Raises:
+        ValueError: A setting is out of range; the message names it.
     """
 
     mu: float = 0.1
@@ -67,12 +72,17 @@ PRESETS = {"paper": MAIHTConfig()}
 
 
 def resolve_config(config: MAIHTConfig | str | None) -> MAIHTConfig:
-    """Settings from settings, a preset's name, or None for the paper's; `ValueError`/`TypeError` otherwise."""
+    """Return settings as they are, those of a preset by its name, and the paper's for None.
+
+    Raises:
+        ValueError: No preset has this name.
+        TypeError: It is neither settings nor a name.
+    """
     if config is None:
         return PRESETS["paper"]
     if isinstance(config, str):
         if config not in PRESETS:
-            raise ValueError(f"config names a preset ({', '.join(PRESETS)}) or is a MAIHTConfig, but found {config!r}")
+            raise ValueError(f"config must be a preset ({', '.join(PRESETS)}) or a MAIHTConfig, but found {config!r}")
         return PRESETS[config]
     if not isinstance(config, MAIHTConfig):
         raise TypeError(f"config must be a MAIHTConfig or a preset's name, but found {type(config).__name__}")

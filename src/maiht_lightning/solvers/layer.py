@@ -27,8 +27,8 @@ class LayerResult:
         objective: f(S) = ½ tr((S − B) A (S − B)ᵀ) after each iteration: `iterations` values while the support
             shrinks, then one as the exact support is taken and one for each refining step; fewer where the
             solver was allowed to stop early. Empty for methods that do not iterate.
-        accelerated: For each iteration, the fraction of independent problems (one a layer; with pattern `row`
-            one a row) in which the monitor took the accelerated candidate. Empty without a monitor.
+        accelerated: For each iteration, the fraction of independent problems (one per layer; with pattern `row`
+            one per row) in which the monitor took the accelerated candidate. Empty without a monitor.
         seconds: Wall-clock time of the solver.
     """
 
@@ -53,19 +53,23 @@ def prune_layer(
 
     Args:
         weight: W0 (out, in), the layout of `nn.Linear.weight`; any floating dtype, any device.
-        gram: G = XᵀX (in, in) of the layer's inputs X (tokens, in), not averaged; on the weight's device.
-        sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) zeros a layer for
-            `unstructured`, floor(sparsity · in) a row for `row`; fixed by the pattern for `N:M`.
-        pattern: `unstructured`, `row`, or `N:M`: N kept of every M consecutive inputs.
+        gram: The Gram matrix G = XᵀX (in, in) of the layer's inputs X (tokens, in), which SparseGPT and GPTQ call the
+            Hessian; not averaged, any floating dtype, on the weight's device.
+        sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) zeros per layer for `unstructured`,
+            floor(sparsity · in) per row for `row`. An `N:M` pattern fixes it, so that it may be left out.
+        pattern: `unstructured` (weights compete within a layer), `row` (within an output row), or `N:M` (N kept of
+            every M consecutive inputs).
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
-        config: Settings of the solver, or the name of a preset; the paper's by default.
+        config: Settings of the solver, or a preset's name; the paper's by default.
 
     Returns:
         The pruned weight, its mask, error and the objective's course. `weight` and `gram` stay as they are.
 
     Raises:
         TypeError: A tensor is not a floating-point tensor.
-        ValueError: Wrong shapes, non-finite entries, a setting out of range; the message names the argument.
+        ValueError: Wrong shapes, different devices, non-finite entries, a setting out of range; the message names the
+            argument.
+        FloatingPointError: The method cannot factorise the Gram matrix, or the result is not finite.
 
     Source:
         Wen, Zuo, Pan, ICML 2025 (PMLR 267:66575-66596), Algorithm 1.
@@ -89,7 +93,7 @@ class LayerSolver:
         spec: How the layers are pruned.
 
     Raises:
-        TypeError, ValueError: As `prune_layer`, what concerns the Gram matrix.
+        TypeError, ValueError: As for `prune_layer`, in what concerns the Gram matrix.
         FloatingPointError: The method cannot factorise the Gram matrix.
     """
 
@@ -129,7 +133,7 @@ class LayerSolver:
 
     @contextmanager
     def _products(self, tensor: Tensor) -> Iterator[None]:
-        # Autocast would run the products in half precision.
+        # Under a training run's autocast, the solver's products would be computed in half precision.
         with (
             torch.autocast(tensor.device.type, enabled=False),
             float32_products(tf32=self.spec.config.precision == "tf32"),
@@ -141,7 +145,10 @@ class LayerSolver:
             raise ValueError(f"weight must have shape (out, in), both at least 1, but found {tuple(weight.shape)}")
         norms = self.gram.norms
         if isinstance(weight, Tensor) and weight.device != norms.device:
-            raise ValueError(f"weight is on {weight.device} but gram on {norms.device}: move one of them")
+            raise ValueError(
+                f"weight and gram must be on one device, but found weight on {weight.device} and gram on "
+                f"{norms.device}: move one of them"
+            )
         _check_finite("weight", weight)
         if len(norms) != weight.shape[1]:
             inputs = weight.shape[1]
@@ -156,7 +163,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a floating-point tensor, but found {kind}")
-    # NaN propagates: one pass without temporaries.
+    # NaN propagates through the extremes: they are found in one pass, without temporaries.
     if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
         bad = int((~tensor.isfinite()).sum())
-        raise ValueError(f"{name} has {bad} entries that are NaN or infinite")
+        raise ValueError(f"{name} must be finite, but found {bad} entries that are NaN or infinite")

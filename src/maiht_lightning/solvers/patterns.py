@@ -1,8 +1,8 @@
 """Sparsity patterns: which entries of a weight compete with each other, and how many of them stay.
 
-A pattern cuts a weight of shape (out, in) into *units* of equal size. In every unit the same number of
-entries is kept: one unit a layer (`unstructured`), one a row (`row`), or one for every M consecutive inputs
-(`N:M`, N of M kept). All counts are exact, whatever ties there are.
+A pattern cuts a weight of shape (out, in) into *units* of equal size, and keeps the same number of entries in each: a
+unit is the whole layer (`unstructured`), a row (`row`), or M consecutive inputs of a row (`N:M`, N of M kept). All
+counts are exact, whatever ties there are.
 """
 
 import re
@@ -93,8 +93,8 @@ def parse_pattern(pattern: str, sparsity: float) -> Pattern:
     """
     is_number = isinstance(sparsity, int | float | np.floating) and not isinstance(sparsity, bool)
     if not is_number or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is the fraction of zeros, at least 0 and below 1, but found {sparsity!r}")
-    # The decimal that was written: NumPy's float32 of 0.29 is 0.28999999 as a Python float.
+        raise ValueError(f"sparsity must be the fraction of zeros, at least 0 and below 1, but found {sparsity!r}")
+    # The decimal that was written is meant: NumPy's float32 of 0.29 would be 0.28999999 as a Python float.
     sparsity = float(str(sparsity))
     if pattern in ("unstructured", "row"):
         return Pattern(pattern, sparsity)
@@ -131,7 +131,7 @@ def zeros_of(sparsity: float, size: int) -> int:
 
 
 def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
-    """The `keep` largest entries of each row of `score`, exactly that many; nothing is sorted but short rows.
+    """Find the `keep` largest entries of each row, exactly that many; only short rows are sorted.
 
     Args:
         score: (rows, n), finite.
@@ -145,8 +145,8 @@ def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
     if score.shape[1] <= MAX_GROUP:
         return _keep_largest_of_short_rows(score, keep, tiebreaks)
     kept = torch.zeros_like(score, dtype=torch.bool)
-    open_ = torch.ones_like(kept)  # what is equal in all keys so far, and of which some more are to be kept
-    missing = torch.full((score.shape[0], 1), keep, device=score.device)
+    open_ = torch.ones_like(kept)  # (rows, n): entries that are equal in all keys so far, some of which are kept
+    missing = torch.full((score.shape[0], 1), keep, device=score.device)  # of each row, entries still to be found
     for key in (score, *tiebreaks):
         if key is not score:
             key = torch.where(open_, key, -torch.inf)  # noqa: PLW2901
@@ -173,15 +173,15 @@ def _keep_largest_of_short_rows(score: Tensor, keep: int, tiebreaks: tuple[Tenso
 
 
 def kth_largest(score: Tensor, k: Tensor) -> Tensor:
-    """The k-th largest entry of each row of `score`, by bisection.
+    """Find the k-th largest entry of each row by bisection.
 
     Floating-point numbers are ordered as the integers of their bits are, negative ones in reverse, so the value is
-    found bit by bit: the largest number that at least k entries reach. A few passes over memory, on a GPU by all
-    processors together, where a selection by `kthvalue` gives a row to one of them.
+    found bit by bit: the largest number that at least k entries reach. It takes one pass over memory per bit, which all
+    processors of a GPU do together, where a selection by `kthvalue` gives each row to one of them.
 
     Args:
         score: (rows, n); entries of −inf do not count.
-        k: (rows, 1), whole numbers. NaN comes back where k is 0.
+        k: (rows, 1), whole numbers. The result is NaN where k is 0.
 
     Returns:
         (rows, 1).
@@ -203,8 +203,8 @@ def kth_largest(score: Tensor, k: Tensor) -> Tensor:
 
 
 def count(mask: Tensor) -> Tensor:
-    """Ones in each row of a mask (rows, n) of booleans or numbers: int64 (rows, 1)."""
-    # Float32 sums are far faster than others, and exact up to 2²⁴.
+    """Count the ones in each row of a mask (rows, n) of booleans or numbers: int64 (rows, 1)."""
+    # Sums in float32 are far faster than in other formats, and exact up to 2²⁴.
     parts = mask.split(1 << 24, dim=1)
     return torch.stack([part.sum(1, keepdim=True, dtype=torch.float32).long() for part in parts]).sum(0)
 
@@ -215,9 +215,9 @@ def hard_threshold_(out: Tensor, value: Tensor, threshold: Tensor, kept: Tensor)
     Args:
         out: (out, in), overwritten.
         value: (out, in).
-        threshold: τ, one for the matrix (1, 1) or one a row (out, 1).
-        kept: (out, in), overwritten: 1.0 where an entry stays, else 0.0. A mask of numbers, not of booleans:
-            several times faster to multiply with and to sum.
+        threshold: τ, (1, 1) for the whole matrix or (out, 1) for each row.
+        kept: (out, in), overwritten: 1.0 where an entry stays, else 0.0. A mask of numbers is several times faster
+            to multiply with and to sum than one of booleans.
     """
     torch.abs(value, out=kept)
     torch.ge(kept, threshold, out=kept)
@@ -241,7 +241,7 @@ def keep_of_groups_(out: Tensor, value: Tensor, keep: int, group: int, scratch: 
     # Member after member instead of group after group, so that comparisons run over contiguous memory.
     grouped, by_member = value.view(-1, group).T, scratch.view(group, -1)
     size = torch.abs(grouped, out=by_member).unbind()
-    # Ranks begin as if all later members were larger.
+    # Ranks (group, units) begin as if all later members of a group were larger.
     rank = torch.arange(group - 1, -1, -1, dtype=torch.int8, device=value.device)[:, None].repeat(1, len(size[0]))
     for later in range(1, group):
         for earlier in range(later):

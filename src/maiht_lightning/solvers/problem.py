@@ -16,7 +16,7 @@ from torch import Tensor
 
 LANCZOS_STEPS = 48
 
-# Weights whose error is computed at a time: 64 MiB in float32.
+# The error of a layer is computed in slices of so many weights: 64 MiB in float32.
 ERROR_ELEMENTS = 2**24
 
 
@@ -37,8 +37,8 @@ def scale_gram(gram: Tensor, dtype: torch.dtype = torch.float32) -> ScaledGram:
     """Bring G (in, in) to unit diagonal; `gram` is left as it is."""
     norms = gram.diagonal().to(dtype).clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, norms.reciprocal(), 0)
-    # Dividing one side after the other keeps products of extreme norms from leaving the floating-point range;
-    # the bounds are Cauchy-Schwarz, which rounding may break where features are nearly zero.
+    # Columns and rows of G (in, in) are divided one after the other, since products of extreme norms could leave the
+    # floating-point range. The bounds are Cauchy-Schwarz, which rounding may break where features are nearly zero.
     correlation = (gram.to(dtype) * inverse).mul_(inverse[:, None]).clamp_(-1, 1)
     return ScaledGram(correlation, norms)
 
@@ -66,7 +66,7 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
     Lanczos iteration with full reorthogonalisation from a fixed pseudo-random start, plus the residual of the
     Ritz pair. From a random start, k steps miss the eigenvalue by more than a fraction ε with probability at
     most 1.65 √n exp(−√ε (2k − 1)) (Kuczyński & Woźniakowski, SIAM J. Matrix Anal. Appl. 13, 1992): below
-    1e-6 for ε = 0.05, 48 steps and n = 11,008. A step of 0.95 / λmax so stays below 1 / λmax.
+    1e-6 for ε = 0.05, 48 steps and n = 11,008. So a step of 0.95 / λmax stays below 1 / λmax.
     """
     n = matrix.shape[0]
     steps = min(steps, n)
@@ -80,14 +80,14 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
     for k in range(steps):
         vector = matrix @ basis[k]
         diagonal[k] = vector @ basis[k]
-        for _ in range(2):  # once is not enough when the start is already close to an eigenvector
+        for _ in range(2):  # once is too little when the start is already close to an eigenvector
             vector = vector - basis[: k + 1].T @ (basis[: k + 1] @ vector)
         norm = vector.norm()
-        # What is left after an invariant subspace is found (few distinct eigenvalues) is rounding, and would
-        # not be a unit vector either. Zeros from there on add nothing but zero eigenvalues.
-        goes_on = norm > breakdown
-        off_diagonal[k] = torch.where(goes_on, norm, 0)
-        basis[k + 1] = torch.where(goes_on, vector / norm, 0)
+        # After an invariant subspace is found (few distinct eigenvalues), what is left in `vector` (n,) is rounding.
+        # Zero vectors from there on add nothing but zero eigenvalues.
+        continues = norm > breakdown
+        off_diagonal[k] = torch.where(continues, norm, 0)
+        basis[k + 1] = torch.where(continues, vector / norm, 0)
     tridiagonal = torch.diag(diagonal) + torch.diag(off_diagonal[:-1], 1) + torch.diag(off_diagonal[:-1], -1)
     values, vectors = torch.linalg.eigh(tridiagonal.double().cpu())
     residual = off_diagonal[-1].double().cpu() * vectors[-1, -1].abs() if steps < n else 0.0
@@ -97,7 +97,7 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
 def relative_error(weight: Tensor, pruned: Tensor, gram: ScaledGram) -> float:
     """‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖², from W0 and W (out, in); 0 when the dense output is 0.
 
-    Summed over slices of rows, so that large layers need little memory.
+    It is summed over slices of rows, so that large layers need little memory.
     """
     noise = signal = torch.zeros((), dtype=torch.float64, device=weight.device)
     rows = max(1, ERROR_ELEMENTS // weight.shape[1])

@@ -14,10 +14,10 @@ def solver_bytes(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, memory
 
 
 def rows_within(memory_budget: int | None, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> int:
-    """How many rows of a layer (out, in) can be solved at a time in so many bytes.
+    """Rows of a layer (out, in) that can be solved at a time within the budget; all where there is none.
 
     Raises:
-        ValueError: Not even one.
+        ValueError: The budget does not hold even one row.
     """
     if memory_budget is None:
         return shape[0]
@@ -31,7 +31,7 @@ def rows_within(memory_budget: int | None, shape: torch.Size | tuple[int, ...], 
 
 
 class Slices:
-    """Lends rows of matrices (out, in) to the computing device: views where they lie there, else copies in buffers.
+    """Lends rows of matrices (out, in) to the computing device: views where they are there, else copies in buffers.
 
     Args:
         out: Rows of the matrices.
@@ -50,9 +50,9 @@ class Slices:
     def borrow(self, matrix: Tensor, part: slice, *, read: bool = True) -> Tensor:
         """The rows `part` of a matrix (out, in) on the computing device; unless `read`, their values do not matter."""
         rows = matrix[part]
-        if not self._elsewhere(matrix):
+        if not self._is_offloaded(matrix):
             return rows
-        # Every matrix lives as long as the slices do, so that its address is its own.
+        # A matrix is known by its address, which is its own, since every matrix lives as long as the slices do.
         if matrix.data_ptr() not in self._buffers:
             self._buffers[matrix.data_ptr()] = torch.empty(
                 self._rows, matrix.shape[1], dtype=matrix.dtype, device=self._device
@@ -62,8 +62,8 @@ class Slices:
 
     def give_back(self, matrix: Tensor, part: slice, borrowed: Tensor) -> None:
         """Write changed rows back to where the matrix lies."""
-        if self._elsewhere(matrix):
+        if self._is_offloaded(matrix):
             matrix[part].copy_(borrowed)
 
-    def _elsewhere(self, matrix: Tensor) -> bool:
+    def _is_offloaded(self, matrix: Tensor) -> bool:
         return matrix.device != self._device

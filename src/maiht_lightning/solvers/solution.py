@@ -18,8 +18,8 @@ class Solution:
         weight: (out, in), 0 outside the mask.
         mask: Boolean (out, in), True where a weight is kept.
         objective: Loss after each iteration; empty for methods that do not iterate.
-        accelerated: For each thresholding iteration the fraction of problems (1 a layer, or 1 a row) in which
-            the monitor took the accelerated candidate; empty where there is no monitor.
+        accelerated: For each thresholding iteration, the fraction of independent problems (one per layer, or one per
+            row) in which the monitor took the accelerated candidate; empty where there is no monitor.
     """
 
     weight: Tensor
@@ -46,5 +46,5 @@ class Solution:
 
 
 def padded(values: list[T], length: int) -> list[T]:
-    """Repeat the last value up to a length."""
+    """Repeat the last value until the list has a length."""
     return values + values[-1:] * (length - len(values))

@@ -1,10 +1,10 @@
 """SparseGPT: prune column after column, each time spreading the error over the columns still to come.
 
-Background: Frantar, Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-PruningStep*,
+Background: Frantar, Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot*,
 ICML 2023 (arXiv 2301.00774). With H = G + damping, restricted to the columns from j on, pruning w_j costs
-w_j² / [H⁻¹]_jj in the loss, and the best change of the later columns is −w_j / [H⁻¹]_jj · [H⁻¹]_j,:. What is
-needed of all these inverses is in one triangular matrix: the upper Cholesky factor U of H⁻¹ = UᵀU, where
-[H⁻¹]_jj is U_jj² and [H⁻¹]_j,: / [H⁻¹]_jj is U_j,: / U_jj.
+w_j² / [H⁻¹]_jj in the loss, and the best change of the later columns is −w_j / [H⁻¹]_jj · [H⁻¹]_j,:. One triangular
+matrix holds what is needed of all these inverses: the upper Cholesky factor U of H⁻¹ = UᵀU, where [H⁻¹]_jj is U_jj² and
+[H⁻¹]_j,: / [H⁻¹]_jj is U_j,: / U_jj.
 
 What differs: the number of zeros is exact. The published code prunes the same fraction of every block of 128
 columns; here the block that ends at column c leaves floor(zeros · c / in) zeros behind it in all, so that the
@@ -22,7 +22,7 @@ from .patterns import Pattern, keep_largest
 from .problem import ScaledGram
 from .solution import Solution
 
-# The paper's settings, section 4: columns a lazy update waits for, and damping of the mean diagonal.
+# The paper's settings, section 4: columns per lazy update of the later ones, and damping relative to the mean diagonal.
 BLOCK_SIZE = 128
 DAMPING = 0.01
 
@@ -40,7 +40,7 @@ def prepare(gram: ScaledGram, config: MAIHTConfig) -> Tensor:
         FloatingPointError: The damped Gram matrix is not positive definite.
     """
     live = gram.norms > 0
-    # A power of two near the largest norm: products of norms stay in range, and nothing is rounded.
+    # A power of two near the largest of the norms d (in,) divides them: products stay in range, nothing is rounded.
     norms = torch.ldexp(gram.norms, -torch.frexp(gram.norms.max()).exponent)
     hessian = gram.correlation * norms * norms[:, None]
     mean = norms.square().sum() / live.sum().clamp_min(1)
@@ -74,7 +74,7 @@ def solve(weight: Tensor, gram: ScaledGram, factor: Tensor, pattern: Pattern, co
         The pruned weight in `gram`'s dtype. A kept weight of a dead feature stays what it was.
     """
     dead = gram.norms == 0
-    # A power of two brings the weights near 1, so that weights of any scale stay in range.
+    # A power of two brings W0 (out, in) near 1, so that weights of any scale stay in range.
     dense = weight.to(factor.dtype)
     exponent = torch.frexp(dense.abs().max()).exponent
     size = weight.abs().to(factor.dtype)
@@ -95,7 +95,7 @@ def solve(weight: Tensor, gram: ScaledGram, factor: Tensor, pattern: Pattern, co
         shape = (score.shape[0] if by_row else 1, -1)
         score = score.masked_fill(dead[columns], -1)
         if config.keep_zeros:
-            # Later columns compensate for the earlier ones, so that what was 0 may be large by now.
+            # Later columns compensate for earlier ones, so that an entry that was 0 in W0 may be large by now.
             score.masked_fill_(size[:, columns] == 0, -2)
         mask = keep_largest(score.reshape(shape), keep, size[:, columns].reshape(shape)).view_as(score)
         return mask & (size[:, columns] != 0) if config.keep_zeros else mask
@@ -115,10 +115,10 @@ def eliminate(
         choose: Asked for the mask of `span` columns when the first of them is reached; its score is
             |W_ij| / U_jj, the root of the loss that pruning the entry costs.
         span: Columns chosen at once; a divisor of `block`.
-        block: Columns whose updates of later blocks are applied together; it matters only for rounding.
+        block: Columns whose updates of later blocks are applied together; it changes nothing but rounding.
 
     Returns:
-        The pruned weight (out, in) and its mask.
+        The pruned weight (out, in) and its boolean mask (out, in), True where a weight is kept.
     """
     weight = weight.clone()
     mask = torch.ones_like(weight, dtype=torch.bool)
@@ -130,7 +130,7 @@ def eliminate(
             if (j - first) % span == 0:
                 columns = slice(j, min(j + span, last))
                 mask[:, columns] = choose(j, weight[:, columns].abs() / diagonal[columns])
-            error = (weight[:, j] / diagonal[j]).masked_fill(mask[:, j], 0)
+            error = (weight[:, j] / diagonal[j]).masked_fill(mask[:, j], 0)  # (out,), 0 where a weight is kept
             weight[:, j:last].addr_(error, factor[j, j:last], alpha=-1)
             errors[:, j - first] = error
         weight[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)

@@ -13,7 +13,7 @@ from .slices import rows_within
 
 @dataclass(frozen=True)
 class PruningSpec:
-    """How layers are pruned. It is parsed where a user comes in, and carried whole from there on.
+    """How layers are pruned. It is parsed where a user's settings come in, and carried whole from there on.
 
     Args:
         method: A name in `METHODS`.
@@ -54,7 +54,11 @@ class PruningSpec:
             raise ValueError(f"{layer}: {error}") from error
 
     def at(self, sparsity: float) -> "PruningSpec":
-        """The same with another fraction of zeros; an N:M pattern allows its own alone, or raises `ValueError`."""
+        """The same with another fraction of zeros.
+
+        Raises:
+            ValueError: The fraction is out of range, or not the one that an N:M pattern implies.
+        """
         return replace(self, pattern=parse_pattern(self.pattern.name, sparsity))
 
     def keeping_zeros(self) -> "PruningSpec":
