@@ -36,8 +36,8 @@ class CausalLMModule(LightningModule):
         warmup_fraction: Share of the optimizer steps over which the learning rate rises.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for one more forward pass.
         optimizer: `adamw` (PyTorch's), or `adamw_8bit` (torchao's; needs the extra `lowmem`), whose moments take 2
-            bytes a weight, not 8 or, in bfloat16, 4, and which rounds updates of bfloat16 weights stochastically. With
-            `precision: bf16-true`, plain AdamW loses updates below a 256th of a weight.
+            bytes per weight, not 8 or, in bfloat16, 4, and which rounds updates of bfloat16 weights stochastically.
+            With `precision: bf16-true`, plain AdamW loses updates below a 256th of a weight.
 
     Raises:
         FileNotFoundError: `name_or_path` is a local path and nothing is there.
@@ -77,9 +77,9 @@ class CausalLMModule(LightningModule):
         self.warmup_fraction = warmup_fraction
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer = optimizer
-        # Epochs and optimizer steps of fits before this one on the same Trainer: its schedule begins after them.
-        self.earlier_epochs = self.earlier_steps = 0
-        # Set for pruning a model larger than the memory: see `load_model`.
+        # The epochs and optimizer steps of fits before this one on the same Trainer: its schedule begins after them.
+        self.previous_epochs = self.previous_steps = 0
+        # `maiht prune` sets this for a model larger than the memory: see `load_model`.
         self.blocks_on_disk = False
         self.perplexity = Perplexity()
         self.model: PreTrainedModel | None = None
@@ -95,10 +95,10 @@ class CausalLMModule(LightningModule):
             return
         model = load_model(self.name_or_path, torch.get_default_dtype(), blocks_on_disk=self.blocks_on_disk)
         if self.gradient_checkpointing:
-            # Newer releases of transformers have renamed it.
+            # Newer releases of transformers have renamed the method.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        # `from_pretrained` leaves it in eval mode, in which checkpointing is off and dropout too.
+        # `from_pretrained` leaves the model in eval mode, in which neither checkpointing nor dropout happens.
         self.model = model.train()
         if self.device_mesh is not None:
             _shard(self.model, self.device_mesh)
@@ -115,17 +115,18 @@ class CausalLMModule(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Perplexity over the validation windows, logged as `val/perplexity`."""
+        """Add a batch to the perplexity over the validation windows, logged as `val/perplexity`."""
         self._evaluation_step(batch, "val")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Perplexity over the test windows, logged as `test/perplexity`."""
+        """Add a batch to the perplexity over the test windows, logged as `test/perplexity`."""
         self._evaluation_step(batch, "test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the learning rate warms up linearly and falls along a cosine over the whole fit."""
         from transformers import get_cosine_schedule_with_warmup
 
+        # Weight decay is for matrices, and neither for norms' scales (hidden,) nor for biases.
         trained = [p for p in self.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
@@ -145,18 +146,18 @@ class CausalLMModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _scheduled_steps(self) -> int:
-        """Optimizer steps of this fit."""
+        """Count the optimizer steps of this fit."""
         trainer = self.trainer
-        # Loads the data, too, unless only steps are counted.
+        # This property also loads the data, from which `num_training_batches` comes, unless only steps are counted.
         steps = trainer.estimated_stepping_batches
-        if not self.earlier_steps:
+        if not self.previous_steps:
             return int(steps)
         ends = []
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             an_epoch = ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            ends.append(an_epoch * (trainer.max_epochs - self.earlier_epochs))
+            ends.append(an_epoch * (trainer.max_epochs - self.previous_epochs))
         if trainer.max_steps >= 0:
-            ends.append(trainer.max_steps - self.earlier_steps)
+            ends.append(trainer.max_steps - self.previous_steps)
         return min(ends)
 
     @property
@@ -172,7 +173,7 @@ class CausalLMModule(LightningModule):
 
 
 def _shard(model: "PreTrainedModel", mesh: DeviceMesh) -> None:
-    """FSDP2, block by block, over the processes of a mesh: what `ModelParallelStrategy` asks of a module."""
+    """Shard block by block (FSDP2) over the processes of a mesh, as `ModelParallelStrategy` asks of a module."""
     if (split := mesh["tensor_parallel"].size()) > 1:
         raise ValueError(
             f"ModelParallelStrategy would split each layer over {split} processes, which CausalLMModule does not: give "

@@ -118,8 +118,8 @@ def sparse_finetune(
     epochs, steps = pruning.previous_fit["epochs"], pruning.previous_fit["steps"]
     for name, value in changed.items():
         setattr(module, name, value)
-    if hasattr(module, "earlier_steps"):
-        module.earlier_epochs, module.earlier_steps = epochs, steps  # type: ignore[assignment]
+    if hasattr(module, "previous_steps"):
+        module.previous_epochs, module.previous_steps = epochs, steps  # type: ignore[assignment]
     trainer.fit_loop.max_epochs = -1 if settings.max_epochs is None else epochs + settings.max_epochs
     trainer.fit_loop.epoch_loop.max_steps = -1 if settings.max_steps is None else steps + settings.max_steps
     trainer.should_stop = False
