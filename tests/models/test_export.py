@@ -112,7 +112,7 @@ def test_damage_is_named(sparse, tmp_path):
         load_compact(folder)
     index = json.loads((folder / "compact.json").read_text())
     (folder / "compact.json").write_text(json.dumps({**index, "version": 2}))
-    with pytest.raises(ValueError, match="version 1 or older, found 'maiht-compact', 2"):
+    with pytest.raises(ValueError, match="version 1 or older, but found 'maiht-compact', version 2"):
         load_compact(folder)
     with pytest.raises(ValueError, match="no compact model"):
         load_compact(tmp_path)

@@ -117,14 +117,14 @@ def another_cpu(monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """Notes (module, name of a tensor in it, thread) for each tensor that is read from its home."""
-    residence, seen = importlib.import_module("maiht_lightning.models.offload"), []
-    original = residence.full_tensor
+    offload, seen = importlib.import_module("maiht_lightning.models.offload"), []
+    original = offload.full_tensor
 
     def note(module, name):
         seen.append((module, name, threading.current_thread().name))
         return original(module, name)
 
-    monkeypatch.setattr(residence, "full_tensor", note)
+    monkeypatch.setattr(offload, "full_tensor", note)
     return seen
 
 
@@ -198,15 +198,15 @@ def test_accelerate_computes_a_whole_model_on_another_device():
     """One without a forward that looks at values, which the meta device does not have."""
     model = torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 64))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    places = []
-    model[2].register_forward_pre_hook(lambda module, args: places.append(args[0].device))
+    devices = []
+    model[2].register_forward_pre_hook(lambda module, args: devices.append(args[0].device))
     with offloaded_forward(model, META):
         # Nothing is where it was, and what one layer computes is on the other device for the next one.
         assert all(parameter.is_meta for parameter in model.parameters())
         # The result goes back to where the input is, which it cannot without values.
         with pytest.raises(NotImplementedError, match="no data"):
             model(WINDOWS)
-    assert places == [META]
+    assert devices == [META]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model(WINDOWS).device == WINDOWS.device
 
@@ -232,10 +232,10 @@ def test_accelerate_leaves_alone_what_is_there_or_has_hooks(tiny_llama, folder):
     at_hand, on_disk = tiny_llama(vocab_size=64), load_model(str(folder), blocks_on_disk=True)
     for model, device in ((at_hand, None), (at_hand, torch.device("cpu")), (on_disk, META)):
         hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
-        places = [parameter.device for parameter in model.parameters()]
+        devices = [parameter.device for parameter in model.parameters()]
         with offloaded_forward(model, device):
             assert [getattr(module, "_hf_hook", None) for module in model.modules()] == hooks
-            assert [parameter.device for parameter in model.parameters()] == places
+            assert [parameter.device for parameter in model.parameters()] == devices
 
 
 # ---- Hidden states
@@ -259,8 +259,8 @@ def test_hidden_states_wait_for_a_gpu_in_pinned_memory(monkeypatch):
     assert asked == [True, False]
 
 
-@pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_hidden_states_are_where_they_were_asked_for(tiny_llama, place, tmp_path):
+@pytest.mark.parametrize("storage", ["device", "host", "disk"])
+def test_hidden_states_are_where_they_were_asked_for(tiny_llama, storage, tmp_path):
     files = []
 
     def look(records):
@@ -268,9 +268,9 @@ def test_hidden_states_are_where_they_were_asked_for(tiny_llama, place, tmp_path
 
     model = tiny_llama(vocab_size=64)
     settings = {"method": "magnitude", "batch_size": 4, "on_block": look, "progress": False}
-    prune(model, WINDOWS, hidden_states=place, journal_dir=tmp_path / "run" / "journal", **settings)
+    prune(model, WINDOWS, hidden_states=storage, journal_dir=tmp_path / "run" / "journal", **settings)
     # 4 and 2 windows of 32 tokens, 64 numbers of 4 bytes each.
-    expected = [32768, 16384] if place == "disk" else []
+    expected = [32768, 16384] if storage == "disk" else []
     assert [sorted(sizes, reverse=True) for sizes in files] == [expected, expected]
 
 
@@ -295,11 +295,11 @@ def test_by_itself_hidden_states_go_where_there_is_room(tiny_llama, monkeypatch,
     assert working == 2 * 8 * (64**2 + 128**2) + solver + 3 * 4 * (layers + 2 * 64)
 
 
-@pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_the_place_of_hidden_states_changes_nothing(tiny_llama, place, tmp_path):
+@pytest.mark.parametrize("storage", ["device", "host", "disk"])
+def test_where_hidden_states_are_stored_changes_nothing(tiny_llama, storage, tmp_path):
     expected, model = tiny_llama(vocab_size=64), tiny_llama(vocab_size=64)
     prune(expected, WINDOWS, progress=False, hidden_states="auto")
-    prune(model, WINDOWS, progress=False, hidden_states=place, journal_dir=tmp_path / "run" / "journal")
+    prune(model, WINDOWS, progress=False, hidden_states=storage, journal_dir=tmp_path / "run" / "journal")
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["journal"]
 

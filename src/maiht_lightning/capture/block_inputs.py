@@ -1,8 +1,8 @@
 """What enters the decoder blocks, one block after another.
 
 The model's own forward prepares rotary embeddings and masks. What it hands to each block is recorded once, with every
-block replaced by the identity, and given to the block when its turn comes. So the blocks' conventions need not be known
-here, and recording costs next to nothing.
+block replaced by the identity, and given to the block when its turn comes. So this module need not know the blocks'
+conventions, and recording costs next to nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,11 +24,11 @@ class Batch:
     """Windows on their way through the blocks.
 
     Args:
-        hidden: Input of the next block (windows, seqlen, hidden), in the model's dtype, where it is kept: on the
-            computing device, in host memory, or in a file that is mapped there.
-        arguments: For each block the other arguments it gets: positional ones, keyword ones.
+        hidden: Input of the next block (windows, seqlen, hidden), in the model's dtype, where it is stored: on the
+            execution device, in host memory, or in a file that is mapped there.
+        arguments: For each block the other arguments that it gets: positional ones, keyword ones.
         device: Where the blocks are computed.
-        index: The next block.
+        index: Index of the next block.
     """
 
     hidden: Tensor
@@ -37,7 +37,7 @@ class Batch:
     index: int = 0
 
     def input(self) -> Tensor:
-        """Return the input of the next block (windows, seqlen, hidden) on the computing device."""
+        """Return the input of the next block (windows, seqlen, hidden) on the execution device."""
         return self.hidden.to(self.device, non_blocking=True)
 
     def run(self, block: nn.Module) -> Tensor:
@@ -81,12 +81,12 @@ class BlockInputs:
             if self._passed is not None:
                 batch.advance(self._passed)
             yield batch
-        # A copy of a block is freed with this.
+        # If the passed block is a copy, this frees its memory.
         self._passed = None
 
     @torch.no_grad()
     def pass_through(self, block: nn.Module) -> None:
-        """Let the next block be behind the batches; `block` must stay as it is until they have been iterated over."""
+        """Pass the next block, lazily: `block` must stay as it is until the batches have been iterated over."""
         if self._passed is not None:
             for _ in self:
                 pass
@@ -107,7 +107,7 @@ def record_inputs(
     Args:
         model: A Hugging Face causal language model in eval mode; its blocks may be on the meta device.
         blocks: Its decoder blocks.
-        batches: Token ids (windows, seqlen) of each forward pass.
+        batches: Token ids (windows, seqlen), int64, of each forward pass.
         device: Where the blocks will be computed; by default where the model is.
         store: Keeps the hidden states; by default they stay on the device.
 
@@ -119,7 +119,7 @@ def record_inputs(
     """
     found: list[Batch] = []
     recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-    # The backbone, without the head: a vocabulary of logits is of no use here.
+    # The backbone runs without the head, whose logits (windows, seqlen, vocabulary) are of no use here.
     backbone = getattr(model, "base_model", model)
     outside = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     device = device or outside
@@ -142,13 +142,13 @@ def record_inputs(
 
 @torch.no_grad()
 def logits_from_hidden(model: nn.Module, blocks: tuple[nn.Module, ...], tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Logits (windows, seqlen, vocabulary) of a model whose last block has just returned `hidden`.
+    """Compute the logits (windows, seqlen, vocabulary) of a model whose last block has returned `hidden`.
 
     Args:
         model: As for `record_inputs`.
         blocks: Its decoder blocks, which do not run.
         tokens: Token ids (windows, seqlen) that led there.
-        hidden: The last block's output.
+        hidden: The last block's output (windows, seqlen, hidden).
     """
     with _blocks_bypassed(blocks, [], hidden):
         return model(input_ids=tokens, use_cache=False).logits
@@ -160,7 +160,7 @@ def _blocks_bypassed(
     recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]],
     result: Tensor | None = None,
 ) -> Iterator[None]:
-    """Blocks note what they get and return it, or `result`; one runs once, to learn the form of their output."""
+    """Let blocks note what they get and return it, or `result`. One runs once, to learn the form of their output."""
     returns_tuple: list[bool] = []
     # A block may already have a forward of its own, as Accelerate's hooks give it one.
     before = [block.__dict__.get("forward") for block in blocks]
@@ -171,7 +171,7 @@ def _blocks_bypassed(
         def record(hidden: Tensor | None = None, *positional: Any, **keywords: Any) -> Any:
             if hidden is None:
                 hidden = keywords.pop("hidden_states")
-            if not returns_tuple:  # run one block to learn what blocks of this model return
+            if not returns_tuple:  # one run tells whether this model's blocks wrap their output
                 trial = hidden, positional, keywords
                 if any(parameter.is_meta for parameter in block.parameters()):
                     trial = to_device(trial, "meta")
@@ -194,11 +194,11 @@ def _blocks_bypassed(
 
 
 def _is_mapped(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().filename is not None if tensor.device.type == "cpu" else False
+    return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
 
 
 def _share(new: Any, old: Any) -> Any:
-    """`old` in place of an equal `new`, element by element, so that equal tensors exist once."""
+    """Return `new` with `old`'s tensors where they are equal, so that equal tensors exist once."""
     if isinstance(new, Tensor):
         same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
         return old if same else new

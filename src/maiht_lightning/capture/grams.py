@@ -14,7 +14,7 @@ from ..models.blocks import find_linears, weight_of
 from ..solvers.precision import float32_products
 from .block_inputs import BlockInputs
 
-# Formats whose values TF32 holds exactly: with it their products are as good as in float32, and far faster.
+# TF32 holds values of these formats exactly: products of such inputs are as good with it as in float32, and far faster.
 _WITHIN_TF32 = (torch.bfloat16, torch.float16)
 
 
@@ -35,12 +35,11 @@ class InputGroup:
 def accumulate_grams(block: nn.Module, inputs: BlockInputs, *, tf32: bool = False) -> list[InputGroup]:
     """Run all batches through one block and sum XᵀX for each distinct input of its linear layers.
 
-    XᵀX is what SparseGPT and GPTQ call the Hessian. A pass ends at the input of the last layer, since the block's
-    output is of no use before it is pruned.
+    A forward pass ends at the input of the last layer, since the block's output is of no use before it is pruned.
 
     Args:
         block: The decoder block in eval mode.
-        inputs: Its inputs; they are not passed through it.
+        inputs: Its inputs, hidden states (windows, seqlen, hidden) per batch; they stay inputs of this block.
         tf32: Round float32 inputs to TF32 in the products, on CUDA devices that have it.
 
     Returns:
@@ -72,25 +71,25 @@ def accumulate_grams(block: nn.Module, inputs: BlockInputs, *, tf32: bool = Fals
 
 
 def slice_rows(size: int, device: torch.device) -> int:
-    """Rows of a Gram matrix that are computed at a time: an eighth, unless that fills the device badly."""
+    """Rows of a Gram matrix (in, in) that are computed at a time: an eighth, or more where an eighth is little."""
     least = 256 if device.type == "cpu" else 1024
     return min(size, max(least, -(-size // 1024) * 128))
 
 
 def add_gram(gram: Tensor, tokens: Tensor, buffer: Tensor) -> None:
-    """Add XᵀX to the upper triangle of a matrix, slice by slice of its rows, and numbers of no meaning below it.
+    """Add XᵀX to the upper triangle of a matrix, slice by slice of its rows, which saves nearly half of the product.
 
-    So nearly half of the product is saved.
+    What is added below the diagonal has no meaning; `mirror_` overwrites it.
 
     Args:
         gram: The sum (in, in), float64.
         tokens: X (tokens, in), float32.
-        buffer: At least `slice_rows` times in, float32.
+        buffer: At least (`slice_rows` · in,), float32, overwritten.
     """
     size = len(gram)
     rows = slice_rows(size, gram.device)
     for start in range(0, size, rows):
-        part = gram[start : start + rows, start:]
+        part = gram[start : start + rows, start:]  # (rows, in − start)
         product = buffer[: part.numel()].view(part.shape)
         part += torch.mm(tokens[:, start : start + rows].T, tokens[:, start:], out=product)
 
@@ -118,12 +117,12 @@ class _Collector:
     tf32: bool = False
     groups: list[InputGroup] = field(default_factory=list)
     group_of: dict[str, InputGroup] = field(default_factory=dict)
-    # Of the batch under way: how many tokens it has, and the layers that have run on them.
+    # The tokens of the batch under way, and the layers that have run on them.
     tokens: int = 0
     ran: set[str] = field(default_factory=set)
-    # The tensors of the batch under way, held so that no address is used twice.
+    # The groups' inputs X in the batch under way, held so that no address is used twice.
     inputs: list[Tensor] = field(default_factory=list)
-    # For the rows of a product; fresh memory for each would cost as much as the sum.
+    # Memory for some rows of XᵀX in float32: allocating it for each product would cost as much as the sum.
     buffer: Tensor = field(default_factory=lambda: torch.empty(0))
     first_batch: bool = True
 
@@ -131,7 +130,7 @@ class _Collector:
         if name in self.ran:
             raise ValueError(f"{name} runs more than once in a forward pass, which is not supported")
         self.ran.add(name)
-        # More are possible: a layer that runs on each head apart sees a token several times.
+        # There may be more tokens than in the batch: a layer that runs on each head apart sees each several times.
         if (tokens := inputs.shape[:-1].numel()) < self.tokens:
             raise self._not_on_every_token(f"{name} ran on {tokens}")
         if self.first_batch:
@@ -155,7 +154,7 @@ class _Collector:
         elif self.group_of[name].names[0] != name:
             return
         gram = self.group_of[name].gram
-        # Whatever precision the training run has set for its own products.
+        # The training run may have set another precision for its own products, and autocast.
         tf32 = self.tf32 or inputs.dtype in _WITHIN_TF32
         with torch.autocast(gram.device.type, enabled=False), float32_products(tf32=tf32):
             add_gram(gram, inputs.reshape(-1, inputs.shape[-1]).float(), self.buffer)

@@ -14,7 +14,7 @@ Storage = Literal["auto", "device", "host", "disk"]
 
 
 def check_storage(storage: str) -> str:
-    """Return `storage`, or raise `ValueError` listing the known ones."""
+    """Return `storage`, or raise `ValueError` that lists the known ones."""
     if storage not in get_args(Storage):
         raise ValueError(f"hidden_states must be one of {', '.join(get_args(Storage))}, but found {storage!r}")
     return storage
@@ -27,10 +27,13 @@ def choose_storage(size: int, device: torch.device, working: int = 0) -> Storage
         size: Bytes of the hidden states.
         device: Where the blocks are computed.
         working: Bytes that blocks, Gram matrices and solver need on the device beside them.
+
+    Returns:
+        `device`, `host` or `disk`.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What the allocator holds and does not use is free as well.
+        # Memory that PyTorch's allocator has reserved and does not use is free as well.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if size <= 0.9 * free - working:
             return "device"
@@ -45,9 +48,7 @@ def available_host_memory() -> int:
 
 
 class HiddenStateStore:
-    """Keeps hidden states between two blocks.
-
-    Used as a context, at whose end its files are deleted.
+    """Stores hidden states between two blocks; a context, at whose end its files are deleted.
 
     Args:
         storage: `device`; `host`, in pinned memory if the device is a GPU; or `disk`, in mapped files.
@@ -73,7 +74,7 @@ class HiddenStateStore:
         self._open.close()
 
     def put(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states (windows, seqlen, hidden) as they are kept, a tensor that can be written to."""
+        """Store hidden states (windows, seqlen, hidden); returns them as a tensor there, which can be written to."""
         if self._files is not None:
             path = str(self._files / f"batch_{next(self._numbers):06d}.bin")
             mapped = torch.from_file(path, shared=True, size=hidden.numel(), dtype=hidden.dtype)

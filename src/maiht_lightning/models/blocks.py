@@ -45,12 +45,12 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
             continue
         blocks = tuple(module)
         weights = sum(weight_of(linear).numel() for block in blocks for linear in find_linears(block).values())
-        # Experts and heads are lists too, but inside a block, and hold less than the list of blocks does.
+        # Experts and heads are module lists too, but they lie in a block and hold fewer weights than the blocks do.
         if weights and len({type(block) for block in blocks}) == 1:
             candidates.append((weights, DecoderBlocks(path, blocks)))
     if not candidates:
         raise ValueError(
-            f"{type(model).__name__} has no decoder blocks: expected an nn.ModuleList of equal blocks with "
+            f"{type(model).__name__} has no decoder blocks: it must hold an nn.ModuleList of equal blocks with "
             f"nn.Linear layers, as LLaMA's model.layers, but found none"
         )
     _, found = max(candidates, key=lambda candidate: candidate[0])
@@ -66,9 +66,9 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a block by their dotted name in it; `nn.Linear`, and GPT-2's `Conv1D`.
+    """Find the linear layers of a block, `nn.Linear` and GPT-2's `Conv1D`, by their dotted names in it.
 
-    Of a layer with PEFT adapters, the layer itself (`.base_layer`) and not the adapters.
+    Where a layer has PEFT adapters, the layer itself (`.base_layer`) counts and the adapters do not.
     """
     adapters = tuple(
         f"{path}.{child}."
@@ -84,9 +84,9 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that have PEFT adapters, by dotted name."""
+    """Find the layers of a model that have PEFT adapters, by dotted name."""
     if "peft" not in sys.modules:
-        # Importing it takes seconds, and whoever has adapters has imported it.
+        # PEFT takes seconds to import, and a model with adapters cannot exist before it was imported.
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -104,7 +104,7 @@ def refuse_adapters(model: nn.Module) -> None:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The layer's weight as (out, in), a view: `Conv1D` stores the transpose."""
+    """The layer's weight as (out, in): a view, since `Conv1D` stores the transpose."""
     weight = linear.weight
     assert isinstance(weight, Tensor)  # for the type checker
     return weight.T if isinstance(linear, Conv1D) else weight
@@ -114,7 +114,7 @@ def weight_of(linear: nn.Module) -> Tensor:
 def write_weight(linear: nn.Module, weight: Tensor) -> None:
     """Write a weight (out, in) into the layer, in place."""
     weight_of(linear).copy_(weight)
-    # Autocast, where it is on, holds low-precision copies of weights and would go on with the old one.
+    # Where autocast is on, it holds low-precision copies of weights (out, in), and would use the old one.
     torch.clear_autocast_cache()
 
 

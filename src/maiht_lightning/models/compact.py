@@ -1,9 +1,9 @@
-"""Compact files of a sparse model: a bit a weight and the values that are left.
+"""Compact files of a sparse model: one bit per weight, and the values that are not zero.
 
-Background: no on-disk format for unstructured sparsity is kept up elsewhere. This one holds, for every linear layer in
-the decoder blocks whose zeros make it smaller so, `NAME.mask` (uint8, eight weights a byte, first weight in the
-highest bit) and `NAME.values` (the kept weights, row by row, in the model's dtype); every other tensor as it is. A
-float16 layer at 50 % takes 9/16 of its dense size. A folder has a safetensors file a block, one for the rest, and
+Background: no on-disk format for unstructured sparsity is maintained elsewhere. This one holds, for every linear layer
+in the decoder blocks that it makes smaller, `NAME.mask` (uint8, eight weights per byte, the first in the highest bit)
+and `NAME.values` (the kept weights, row by row, in the model's dtype); every other tensor is stored as it is. A float16
+layer at 50 % takes 9/16 of its dense size. A folder has one safetensors file per block, one for the rest, and
 `compact.json`.
 """
 
@@ -29,7 +29,7 @@ VERSION = 1
 
 
 def check_vacant(path: str | os.PathLike[str]) -> None:
-    """Raise `ValueError` if a folder holds something else than a compact model, which would be lost."""
+    """Raise `ValueError` if a folder holds other files than a compact model's, which would be lost."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / INDEX).exists())):
         raise ValueError(f"{path} holds other files than a compact model: name a new or empty folder")
@@ -39,18 +39,18 @@ def check_vacant(path: str | os.PathLike[str]) -> None:
 def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, tokenizer: Any = None) -> Path:
     """Write a sparse model into a folder, much smaller than `save_pretrained` does.
 
-    A block is packed at a time, so that little memory is needed. The folder appears whole or not at all.
+    One block is packed at a time, so that little memory is needed. The folder appears whole or not at all.
 
     Args:
         model: A Hugging Face causal language model, on any device, in any dtype.
-        path: The folder; an older compact model in it is replaced.
+        path: The folder, new or empty; a compact model in it is replaced.
         tokenizer: Saved beside the model where one is given.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: The folder holds something else than a compact model, or the model has no decoder blocks that could
+        ValueError: The folder holds other files than a compact model's, or the model has no decoder blocks that could
             be packed; see `find_blocks`.
     """
     path = Path(path)
@@ -68,7 +68,7 @@ def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, toke
     groups: dict[str, dict[str, Tensor]] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        # A tied head is the embedding again; loading ties it by the config.
+        # A tied head (vocabulary, hidden) is the embedding again: it is left out, since loading ties it by the config.
         key = (tensor.data_ptr(), tensor.shape)
         if key in seen and tensor.numel():
             continue
@@ -79,6 +79,7 @@ def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, toke
         packed: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             mask = tensor != 0
+            # A bit per weight has to cost less than the zeros (out, in) take: else the layer is stored dense.
             if name in sparse and tensor.numel() + 7 < 8 * int((~mask).sum()) * tensor.element_size():
                 shapes[name] = list(tensor.shape)
                 packed[f"{name}.mask"], packed[f"{name}.values"] = pack_mask(mask).cpu(), tensor[mask].cpu()
@@ -106,11 +107,14 @@ def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, toke
 
 @torch.no_grad()
 def load_compact(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> "PreTrainedModel":
-    """Load what `save_compact` wrote: an ordinary dense model with the same zeros and the same values.
+    """Load what `save_compact` has written: an ordinary dense model with the same zeros and the same values.
 
     Args:
         path: The folder.
-        dtype: Format of the weights; by default as saved.
+        dtype: Floating-point format of the weights; by default as saved.
+
+    Returns:
+        The model in eval mode, on the CPU.
 
     Raises:
         ValueError: The folder is no compact model, is of a newer version, or is damaged.
@@ -123,11 +127,12 @@ def load_compact(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
     index = json.loads((path / INDEX).read_text())
     if index.get("format") != "maiht-compact" or index.get("version", 0) > VERSION:
         raise ValueError(
-            f"{path / INDEX}: expected format maiht-compact of version {VERSION} or older, found "
-            f"{index.get('format')!r}, {index.get('version')!r}: a newer maiht-lightning may read it"
+            f"{path / INDEX} must be of format maiht-compact, version {VERSION} or older, but found "
+            f"{index.get('format')!r}, version {index.get('version')!r}: a newer maiht-lightning may read it"
         )
     config = AutoConfig.from_pretrained(path)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype or getattr(torch, index["dtype"]))
+    # Names whose values no file has given yet; at the end these may only be weights tied to others.
     missing = set(model.state_dict())
     for file in index["files"]:
         if not (path / file).exists():
@@ -147,7 +152,11 @@ def load_compact(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
 
 
 def unpack(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]], source: str) -> dict[str, Tensor]:
-    """Dense tensors by name from those of a compact file; `ValueError` naming the layer if the counts do not agree."""
+    """Unpack the tensors of a compact file into dense ones by name.
+
+    Raises:
+        ValueError: A layer's mask and values do not fit each other; the message names it.
+    """
     dense: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -163,13 +172,13 @@ def unpack(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]], sourc
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Booleans of any shape as bits: uint8 (ceil(numel / 8),), the first in the highest bit of the first byte."""
+    """Pack booleans of any shape into bits: uint8 (ceil(numel / 8),), the first in the highest bit of its byte."""
     bits = mask.reshape(-1).to(torch.uint8)
     bits = functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     return (bits << torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The booleans (shape) that `pack_mask` has packed."""
+    """Unpack the booleans (shape) that `pack_mask` has packed."""
     bits = packed[:, None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device) & 1
     return bits.view(-1)[: shape.numel()].bool().view(shape)

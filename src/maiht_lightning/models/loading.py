@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def check_source(name_or_path: str) -> None:
-    """Raise `FileNotFoundError` if the text can only be a path and nothing is there; costs no loading.
+    """Raise `FileNotFoundError` if the text can only be a path and nothing is there; nothing is loaded.
 
-    What has no slash at its start and at most one inside may be a name on the Hugging Face hub.
+    A text without a slash at its start and with at most one inside may be a name on the Hugging Face hub.
     """
     path = Path(name_or_path).expanduser()
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
@@ -51,7 +51,7 @@ def load_model(
     path = Path(name_or_path).expanduser()
     if dtype is None and path.suffix == ".gguf":
         dtype = torch.float32
-    # As `from_pretrained` is told to keep the checkpoint's.
+    # `from_pretrained` takes "auto" for the checkpoint's own dtype.
     wanted = "auto" if dtype is None else dtype
     if blocks_on_disk:
         if path.suffix in (".gguf", ".json") or (path / INDEX).exists():
@@ -59,12 +59,12 @@ def load_model(
         name = path if path.exists() else name_or_path
         with torch.device("meta"):
             plan = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-        places: dict[str, str] = dict.fromkeys(_modules_outside(plan, blocks := find_blocks(plan).path), "cpu")
-        places[blocks] = "disk"
-        return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, device_map=places)
+        blocks = find_blocks(plan).path
+        device_map: dict[str, str] = {**dict.fromkeys(_modules_outside(plan, blocks), "cpu"), blocks: "disk"}
+        return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, device_map=device_map)
     if path.suffix == ".gguf":
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-        # Its config says that it is quantised, which it no longer is and which forbids saving it.
+        # The config still says that the model is quantised, which forbids saving it. Its weights are dense by now.
         config = copy.deepcopy(loaded.config)
         del config.quantization_config
         plain = AutoModelForCausalLM.from_config(config, dtype=dtype)

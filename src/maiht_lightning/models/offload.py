@@ -1,13 +1,13 @@
-"""Models that do not lie where they are computed: in host memory, on disk, or in shards over several processes.
+"""Models that are elsewhere than where they are computed: in host memory, on disk, or in shards over processes.
 
-A block at work is a plain copy of the module on the computing device, whatever its home is:
+A block at work is then a plain copy of the module on the execution device. Its tensors come from:
 
-- other memory: its parameters are copied;
-- disk: parameters on the meta device with Accelerate's hooks, as `from_pretrained(device_map={...: "disk"})` leaves
-  them, are read from their safetensors files;
-- shards: the DTensors of FSDP2 and tensor parallelism are gathered.
+- other memory, from which parameters are copied;
+- disk, if they are on the meta device with Accelerate's hooks, as `from_pretrained(device_map={...: "disk"})` leaves
+  them: they are read from their safetensors files;
+- shards, the DTensors of FSDP2 and tensor parallelism, which are gathered.
 
-The next block is read while one is at work, except from shards, whose gathering all processes must do in one order.
+The next block is read while one is at work, except from shards, which all processes must gather in the same order.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .blocks import DecoderBlocks, find_linears, weight_of, write_weight
 
-# What a copy does not take over: PyTorch's own tables, and the forward that Accelerate's hooks have put in its place.
+# A copy takes over neither PyTorch's own tables nor the forward that Accelerate's hooks have put before a module's own.
 _NOT_COPIED = set(vars(nn.Module())) - {"training"} | {"forward", "_old_forward", "_hf_hook"}
 
 
@@ -35,53 +35,53 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def full_tensor(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of a module, read from disk or gathered from its shards where it is not at hand.
+    """Return a parameter or buffer of a module, read from disk or gathered from its shards where necessary.
 
-    Of shards, all processes must ask for the same in the same order.
+    Where it has shards, all processes must ask for the same tensors in the same order.
 
     Raises:
         ValueError: It is on the meta device and nothing says where its values are.
     """
     tensor: Tensor = getattr(module, name)
     if isinstance(tensor, DTensor):
-        whole: Tensor = tensor.full_tensor()
-        return whole.detach()
+        full: Tensor = tensor.full_tensor()
+        return full.detach()
     if tensor.is_meta:
         return _stored_values(module)[name]
     return tensor.detach()
 
 
 def full_weight(linear: nn.Module) -> Tensor:
-    """A layer's weight (out, in), read from disk or gathered from its shards where it is not at hand."""
+    """Return a layer's weight (out, in), read from disk or gathered from its shards where necessary."""
     weight = full_tensor(linear, "weight")
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def is_offloaded(model: nn.Module, device: torch.device) -> bool:
-    """Whether some parameters must be brought to the computing device."""
+    """Whether some parameters must be brought to the execution device."""
     return any(isinstance(p, DTensor) or not _same(p.device, device) for p in model.parameters())
 
 
 def execution_device(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
-    """The device asked for, or else the one where the model is, as far as it is in memory."""
+    """The device asked for, or else that of the first parameter in memory."""
     if device is not None:
         return torch.device(device)
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def hidden_bytes(model: nn.Module) -> int:
-    """Bytes of a token's hidden state."""
+    """Bytes of the hidden state (hidden,) of one token."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     return embedding.shape[1] * embedding.element_size()
 
 
 def without_block_weights(model: nn.Module, blocks: DecoderBlocks, device: torch.device) -> nn.Module:
-    """A plain copy of a model on the computing device, in which the decoder blocks have no values (meta device)."""
+    """Copy a model to the execution device without the decoder blocks' values, which are on the meta device."""
     in_blocks = {id(module) for block in blocks.modules for module in block.modules()}
     copied: dict[int, Tensor] = {}
 
     def tensor_of(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-        # Tied weights stay one.
+        # Tied weights, such as head and embedding (vocabulary, hidden), stay one tensor.
         if id(tensor) not in copied:
             empty = id(module) in in_blocks
             copied[id(tensor)] = (
@@ -95,14 +95,14 @@ def without_block_weights(model: nn.Module, blocks: DecoderBlocks, device: torch
 
 
 class BlockLoader:
-    """Hands out decoder blocks on the computing device, and takes their pruned weights home.
+    """Hands out decoder blocks on the execution device, and writes their pruned weights back; a context.
 
     Args:
-        blocks: The blocks, wherever they live.
+        blocks: The blocks, wherever they are.
         device: Where to compute.
 
     Attributes:
-        copies: Whether the blocks live elsewhere, so that copies are handed out.
+        copies: Whether the blocks are elsewhere, so that copies are handed out.
     """
 
     def __init__(self, blocks: DecoderBlocks, device: torch.device) -> None:
@@ -117,7 +117,7 @@ class BlockLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the reading ahead."""
+        """End the prefetching."""
         self._coming = None
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
@@ -126,7 +126,7 @@ class BlockLoader:
         return len(self.blocks.modules)
 
     def fetch(self, index: int) -> nn.Module:
-        """A block on the computing device: the block itself, or a copy."""
+        """Return a block on the execution device: the block itself, or a copy."""
         block = self.blocks.modules[index]
         if not self.copies:
             return block
@@ -137,7 +137,7 @@ class BlockLoader:
         self._coming = None
         if self.device.type == "cuda":
             for tensor in [*copy.parameters(), *copy.buffers()]:
-                # Allocated on the reader's stream: not to be used again before this one has done with it.
+                # Its memory belongs to the reader's stream, and must not be reused before this stream is done with it.
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         return copy
 
@@ -146,26 +146,26 @@ class BlockLoader:
         return sum(p.numel() * p.element_size() for p in self.blocks.modules[0].parameters())
 
     def prefetch(self, index: int) -> None:
-        """Begin to bring a block, to be loaded next."""
+        """Begin to copy the block that will be fetched next."""
         if self._reader is not None and index < len(self.blocks.modules) and self._coming is None:
             self._coming = index, self._reader.submit(self._read, self.blocks.modules[index])
 
     def write_back(self, index: int, weights: dict[str, Tensor], file: Path | None) -> None:
-        """Write the pruned weights (out, in) of a block home, and into the copy at work if there is one.
+        """Write the pruned weights of a block to where the model has them.
 
         Args:
-            index: The block's place.
-            weights: By the layer's name in the block.
-            file: The safetensors file that holds them under these names, for blocks that live on disk.
+            index: Index of the block.
+            weights: Weights (out, in) by the layer's name in the block.
+            file: The safetensors file that holds them under these names, for blocks on disk.
         """
         linears = find_linears(self.blocks.modules[index])
         for name, weight in weights.items():
             linear = linears[name]
-            home = weight_of(linear)
-            if isinstance(home, DTensor):
-                local = distribute_tensor(weight, home.device_mesh, home.placements, src_data_rank=None)
-                home.to_local().copy_(local.to_local())
-            elif home.is_meta:
+            target = weight_of(linear)
+            if isinstance(target, DTensor):
+                local = distribute_tensor(weight, target.device_mesh, target.placements, src_data_rank=None)
+                target.to_local().copy_(local.to_local())
+            elif target.is_meta:
                 _point_to(linear, file, name, weight)
             else:
                 write_weight(linear, weight)
@@ -186,16 +186,16 @@ class BlockLoader:
 
 @contextmanager
 def offloaded_forward(model: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """A model in host memory as a whole runs on another device, layer after layer, with Accelerate's hooks.
+    """Let a model in host memory run as a whole on another device, layer after layer, with Accelerate's hooks.
 
-    For forward passes that cannot be done block by block. Shards and what is on disk have hooks of their own.
+    This is for forward passes that cannot be done block by block. Shards and modules on disk have their own hooks.
 
     Raises:
         ModuleNotFoundError: Accelerate is not installed.
     """
-    here = [p.device for p in model.parameters() if not p.is_meta and not isinstance(p, DTensor)]
+    devices = [p.device for p in model.parameters() if not p.is_meta and not isinstance(p, DTensor)]
     on_disk = any(p.is_meta for p in model.parameters())
-    if device is None or on_disk or not here or all(_same(place, device) for place in here):
+    if device is None or on_disk or not devices or all(_same(one, device) for one in devices):
         yield
         return
     from accelerate import cpu_offload
@@ -205,12 +205,12 @@ def offloaded_forward(model: nn.Module, device: torch.device | None) -> Iterator
     try:
         yield
     finally:
-        # Brings the values back.
+        # Removing the hooks brings the parameters' values back to host memory.
         remove_hook_from_submodules(model)
 
 
 def to_device(arguments: Any, device: torch.device | str) -> Any:
-    """All tensors in nested tuples, lists and dictionaries, on a device; what was one tensor stays one."""
+    """Move all tensors in nested tuples, lists and dictionaries to a device; what was one tensor stays one."""
     moved: dict[int, Tensor] = {}
 
     def move(value: Any) -> Any:
@@ -224,10 +224,10 @@ def _same(one: torch.device, other: torch.device) -> bool:
 
 
 def _plain_copy(module: nn.Module, tensor_of: Callable[[nn.Module, str, Tensor], Tensor]) -> nn.Module:
-    """A module of the same kind with other tensors, without hooks and without FSDP's way of sharding."""
+    """Make a module of the same kind with other tensors, without hooks and without FSDP's sharding."""
     kind = type(module)
     if issubclass(kind, FSDPModule):
-        # `fully_shard` makes a class of these two.
+        # `fully_shard` has given the module a class that inherits from FSDPModule and its own class.
         kind = next(base for base in kind.__bases__ if base is not FSDPModule)
     copy = kind.__new__(kind)
     nn.Module.__init__(copy)
@@ -244,7 +244,7 @@ def _plain_copy(module: nn.Module, tensor_of: Callable[[nn.Module, str, Tensor],
 
 
 def _stored_values(module: nn.Module) -> Any:
-    """The mapping from names to values of a module whose parameters Accelerate keeps elsewhere."""
+    """Find the mapping from names to values of a module whose parameters Accelerate has offloaded."""
     hook = getattr(module, "_hf_hook", None)
     for candidate in getattr(hook, "hooks", [hook]):
         if getattr(candidate, "weights_map", None) is not None:

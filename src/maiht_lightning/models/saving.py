@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def save_model(
     model: "PreTrainedModel", folder: str | os.PathLike[str], tokenizer: Any = None, *, writes: bool = True
 ) -> None:
-    """Write a Hugging Face folder, also of a model in the shards of FSDP2 or on disk.
+    """Write a Hugging Face folder of a model in memory, in the shards of FSDP2 or on disk.
 
     Args:
         model: The causal language model; if it has shards, all of their processes must call this.
@@ -27,6 +27,8 @@ def save_model(
     """
     state: dict[str, Tensor] | None = None
     if is_sharded(model):
+        # PyTorch's `get_model_state_dict` would gather a tied head (vocabulary, hidden) a second time, and
+        # `save_pretrained` would then write it beside the embedding that it is.
         gathered: dict[int, Tensor] = {}
         state = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -34,7 +36,7 @@ def save_model(
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 gathered[id(tensor)] = whole.detach().cpu() if writes else whole.new_empty(0)
             state[name] = gathered[id(tensor)]
-    # Of what is on disk, a file's worth is read at a time.
+    # Weights on disk are read into memory by one file of the folder at a time, so that small files need little of it.
     size = "2GB" if any(parameter.is_meta for parameter in model.parameters()) else "50GB"
     if writes:
         model.save_pretrained(folder, state_dict=state, max_shard_size=size)

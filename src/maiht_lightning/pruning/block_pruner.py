@@ -1,4 +1,4 @@
-"""The loop over the decoder blocks: each one's Gram matrices, its layers' solutions, and the way through it."""
+"""The loop over the decoder blocks: capture Gram matrices, solve the layers, write them back, pass the block."""
 
 import time
 from collections.abc import Iterator
@@ -22,16 +22,16 @@ class PruningError(RuntimeError):
 
 
 class BlockPruner:
-    """Prunes the blocks of a model in their order, and keeps the account of it.
+    """Prunes the blocks of a model in their order, and reports on it.
 
     Args:
         loader: Hands out the blocks.
         inputs: The calibration windows of this process, as inputs of the first block.
         spec: How layers are pruned.
         ranks: The processes that prune together.
-        journal: Keeps finished blocks; only the first process has one.
+        journal: Where finished blocks are saved; only the first process has one.
         journal_dir: Its folder, in all processes: models on disk find their pruned weights in its files.
-        bar: Progress, in layers.
+        bar: The progress bar, which counts layers.
 
     Attributes:
         report: Times and records so far.
@@ -99,7 +99,7 @@ class BlockPruner:
             self.loader.write_back(index, weights, file)
 
     def _capture(self, block: nn.Module, index: int) -> tuple[list[InputGroup], list[int]]:
-        """The groups of layers, and the rank that solves each: that one has the Gram matrix, in the solver's dtype."""
+        """Sum the groups' Gram matrices; returns the groups and the rank that solves each, which has its (in, in)."""
         config = self.spec.config
         try:
             with self.ranks.errors_shared():
@@ -108,18 +108,20 @@ class BlockPruner:
             path = self._path(index)
             raise PruningError(f"{path} could not be captured: {error}. It and later blocks are unchanged.") from error
         linears = find_linears(block)
+        # A product with the Gram matrix (in, in) costs in² · out, and the solver's time is nearly all such products.
         costs = [len(g.gram) ** 2 * sum(len(weight_of(linears[name])) for name in g.names) for g in groups]
         owners = self.ranks.assign_by_cost([float(cost) for cost in costs])
         for group, owner in zip(groups, owners, strict=True):
             self.ranks.reduce(group.gram, owner)
             is_mine = owner == self.ranks.rank
+            # The owner turns the sum (in, in) from float64 into the solver's dtype; the other ranks drop theirs.
             group.gram = group.gram.to(config.dtype) if is_mine else group.gram.new_empty(0)
         return groups, owners
 
     def _solve(
         self, block: nn.Module, index: int, groups: list[InputGroup], owners: list[int]
     ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-        """The block's pruned weights (out, in) by the layer's name, the same in all processes, and their records.
+        """Solve the block's layers; returns their weights (out, in) by name, the same in all processes, and records.
 
         Where the block is a copy, its own weights are pruned, which saves memory; else it stays as it is.
         """
@@ -144,6 +146,7 @@ class BlockPruner:
         for group, owner in zip(groups, owners, strict=True):
             for name in group.names:
                 if owner != self.ranks.rank:
+                    # A buffer (out, in) for the owner's weight; its values are overwritten.
                     weights[name] = weight_of(linears[name]).detach().clone().contiguous()
                     self._bar.update()
                 weights[name] = self.ranks.broadcast(weights[name].contiguous(), owner)
@@ -153,13 +156,13 @@ class BlockPruner:
     def _solve_group(
         self, linears: dict[str, nn.Module], group: InputGroup, index: int
     ) -> Iterator[tuple[str, LayerResult]]:
-        """Results by the layer's name. The group gives its Gram matrix up."""
-        # What fails before the first layer of a group is begun concerns their common inputs, so all of them.
+        """Yield results by the layer's name. The group gives up its Gram matrix."""
+        # Until the first layer of a group is begun, an error concerns their common inputs, and so all of them.
         concerned = group.names
         self._show(index, ", ".join(concerned))
         try:
             shared = LayerSolver(group.gram, self.spec)
-            # From here on the solver has its own.
+            # The solver has its own scaled copy (in, in) of it now.
             group.gram = group.gram.new_empty(0)
             for name in group.names:
                 concerned = [name]
@@ -197,7 +200,7 @@ def _record(path: str, block: int, name: str, result: LayerResult) -> LayerRecor
 
 
 def _write(block: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Write a block's weights, all of them: an interrupt (Ctrl-C) in between is passed on afterwards."""
+    """Write all of a block's weights: an interrupt (Ctrl-C) in between is passed on only afterwards."""
     linears = find_linears(block)
     try:
         for name, weight in weights.items():

@@ -1,7 +1,7 @@
 """The journal of a pruning: finished blocks on disk, so that a crash costs one block and not the run.
 
-A journal is a folder with `settings.json`, which says what is being pruned and how, and one safetensors file
-a finished block with its weights and, in the metadata, its layer records. Files appear whole or not at all.
+A journal is a folder with `settings.json`, which says what is being pruned and how, and one safetensors file per
+finished block with its weights and, in the metadata, its layer records. Files appear whole or not at all.
 """
 
 import hashlib
@@ -31,20 +31,21 @@ class Journal:
     failed pruning left in memory: its blocks are as they were, or as the journal has them.
 
     Args:
-        folder: Where to keep it; made if it does not exist.
+        folder: The journal's folder; made if it does not exist.
         settings: JSON-ready description of the pruning; see `fingerprint`.
 
     Attributes:
         moved_to: Where another pruning's journal was moved, or None.
 
     Raises:
-        ValueError: The folder holds other things than a journal.
+        ValueError: The folder holds other files than a journal's.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.moved_to: Path | None = None
         path = self.folder / "settings.json"
+        # Settings are compared in the form that JSON gives them: tuples become lists.
         settings = json.loads(json.dumps(settings))
         files = [f.name for f in self.folder.iterdir() if f.suffix != ".partial"] if self.folder.exists() else []
         if files and not path.exists():
@@ -61,7 +62,7 @@ class Journal:
             partial.replace(path)
 
     def load(self, block: int) -> tuple[dict[str, Tensor], list[LayerRecord]] | None:
-        """Weights (out, in) by name in the block, and records, of a finished block; else None."""
+        """Read a finished block: its weights (out, in) by name in the block, and its records; None if it is none."""
         path = block_file(self.folder, block)
         if not path.exists():
             return None
@@ -71,7 +72,7 @@ class Journal:
         return weights, [LayerRecord(**{**record, "shape": tuple(record["shape"])}) for record in records]
 
     def save(self, block: int, weights: dict[str, Tensor], records: list[LayerRecord]) -> None:
-        """Note a finished block."""
+        """Save a finished block: its weights (out, in) by name in the block, and its records."""
         partial = block_file(self.folder, block).with_suffix(".partial")
         tensors = {name: weight.contiguous().cpu() for name, weight in weights.items()}
         digest = _digest({name: partial_of(Tensor.detach, weight) for name, weight in tensors.items()})
@@ -82,6 +83,7 @@ class Journal:
     def _continues(self, found: Any, settings: dict[str, Any]) -> bool:
         if not isinstance(found, dict) or {**found, "blocks": 0} != {**settings, "blocks": 0}:
             return False
+        # Each block of the model may be as it was when the journal was begun, or as the journal has pruned it.
         dense, now = found["blocks"], settings["blocks"]
         return len(dense) == len(now) and all(now[i] in (dense[i], self._pruned_digest(i)) for i in range(len(now)))
 
@@ -100,12 +102,12 @@ class Journal:
 
 
 def block_file(folder: str | os.PathLike[str], block: int) -> Path:
-    """Where a journal keeps the pruned weights (out, in) of a block, by the layers' names in it."""
+    """Path of a journal's file with the pruned weights (out, in) of a block, by the layers' names in it."""
     return Path(folder) / f"block_{block:05d}.safetensors"
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[LayerRecord]:
-    """The layer records of all finished blocks in a journal's folder; none if there is no such folder."""
+    """Read the layer records of all finished blocks in a journal's folder; none if there is no such folder."""
     records: list[dict[str, Any]] = []
     for path in sorted(Path(folder).glob("block_*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -114,9 +116,9 @@ def read_records(folder: str | os.PathLike[str]) -> list[LayerRecord]:
 
 
 def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
-    """Short digests of calibration windows and of a model's parameters: equal ones continue a journal.
+    """Digest calibration windows (samples, seqlen) and a model's parameters: a journal resumes where these are equal.
 
-    The weights that are pruned have a digest a block, in `blocks`; `model` is that of all other parameters.
+    The weights that are pruned have one digest per block, in `blocks`; `model` is that of all other parameters.
     """
     blocks = [find_linears(block) for block in find_blocks(model).modules]
     ids = {id(linear.weight) for block in blocks for linear in block.values()}
@@ -136,10 +138,10 @@ def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def _digest(tensors: Mapping[str, Callable[[], Tensor]]) -> str:
-    """Digest of names, shapes, dtypes and all bits of the tensors. In which order they are given does not matter.
+    """Digest names, shapes, dtypes and all bits of the tensors. The order in which they are given does not matter.
 
-    They come one by one, since they may have to be read from disk or gathered. SHA-256 takes about a second and a
-    half a gigabyte, where processors have instructions for it, which is faster than a sum of the bits as integers is.
+    They come one by one, since they may have to be read from disk or gathered. SHA-256 takes about a second and a half
+    per gigabyte where processors have instructions for it, less than a sum of the bits as integers.
     """
     digest = hashlib.sha256()
     for name, make in sorted(tensors.items()):

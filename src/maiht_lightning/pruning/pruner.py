@@ -67,35 +67,36 @@ def prune(
     Embeddings, norms and the output head stay as they are. The model keeps its dtype, its device and the
     training mode of every module.
 
-    A model need not lie where it is computed: in host memory, with `device` naming a GPU; on disk, as `from_pretrained`
-    leaves it with `device_map={..., "model.layers": "disk"}`; or in the shards of FSDP2. Then one block at a time is
-    brought to the device, and the next one read meanwhile. A model on disk finds its pruned weights in the journal's
-    files afterwards.
+    A model may be elsewhere than where it is computed: in host memory, with `device` naming a GPU; on disk, as
+    `from_pretrained` leaves it with `device_map={..., "model.layers": "disk"}`; or in the shards of FSDP2. Then one
+    block at a time is brought to the device, and the next one is read meanwhile. A model on disk finds its pruned
+    weights in the journal's files afterwards.
 
     Args:
         model: A Hugging Face causal language model of the LLaMA shape.
-        windows: Calibration token ids, LongTensor (samples, seqlen). Each must be whole: there is no attention mask, so
+        windows: Calibration token ids (samples, seqlen), int64. Each must be whole: there is no attention mask, so
             that padding would count in the Gram matrices. Windows that begin or end with padding are refused.
-        sparsity: Fraction of zeros in [0, 1): exactly floor(sparsity · numel) a layer for `unstructured`.
-        pattern: `unstructured` (compared within a layer), `row` (within an output row), or `N:M` (N kept of
+        sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) zeros per layer for `unstructured`,
+            floor(sparsity · in) per row for `row`. An `N:M` pattern fixes it, so that it may be left out.
+        pattern: `unstructured` (weights compete within a layer), `row` (within an output row), or `N:M` (N kept of
             every M consecutive inputs).
-        method: See `prune_layer`.
+        method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
         config: Settings of the solver, or a preset's name; the paper's by default.
         journal_dir: Folder for finished blocks; hidden states on disk go beside it. Called again with the same
             arguments after a crash, with the dense model or the partly pruned one, `prune` resumes with the first
             unfinished block.
         progress: Show a progress bar.
-        batch_size: Windows a calibration forward pass.
+        batch_size: Windows per calibration forward pass.
         on_block: Called with a block's records when it is done.
         device: Where to compute; by default where the model is.
-        hidden_states: Where the windows' hidden states are kept: `device`, `host` (pinned), `disk`, or `auto`, the
-            first of these with room for them.
+        hidden_states: Where the windows' hidden states are stored between blocks: `device`, `host` (pinned), `disk`,
+            or `auto`, the first of these with room for them.
         process_group: Processes that prune together, such as `torch.distributed.group.WORLD`: each calls this with
             the same arguments and with the same model, or its shards of one. The windows and the layers are shared
             out, and all end with the same weights. The first process keeps the journal.
 
     Returns:
-        One record a layer, with times in seconds.
+        One record per layer, with times in seconds.
 
     Raises:
         ValueError, TypeError: A setting, the windows or the model do not fit; nothing was changed.
@@ -134,7 +135,7 @@ def prune_model(
     hidden_states: Storage = "auto",
     process_group: ProcessGroup | None = None,
 ) -> PruningReport:
-    """Prune as `prune` does, whose arguments, result and errors these are, by settings that are parsed already."""
+    """Prune as `prune` does, with settings that are parsed already; other arguments, result and errors are the same."""
     check_storage(hidden_states)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
@@ -165,7 +166,7 @@ def prune_model(
 
 
 def _share_of_batches(windows: Tensor, batch_size: int, ranks: Ranks) -> list[Tensor]:
-    """This process's batches of windows: whole ones, so that each is what it would be with one process."""
+    """Batches of windows for this process: whole ones, so that each is what it would be with one process."""
     batches = windows.split(batch_size)
     if len(batches) < ranks.size:
         raise ValueError(
@@ -178,7 +179,7 @@ def _share_of_batches(windows: Tensor, batch_size: int, ranks: Ranks) -> list[Te
 def _record_inputs(
     model: nn.Module, batches: list[Tensor], loader: BlockLoader, store: HiddenStateStore
 ) -> BlockInputs:
-    # What lies around the blocks comes to the device for this alone, and leaves it when this returns.
+    # Embeddings and whatever else is around the blocks come to the device for this alone, and leave it afterwards.
     source = without_block_weights(model, loader.blocks, loader.device) if loader.copies else model
     return record_inputs(source, find_blocks(source).modules, batches, device=loader.device, store=store)
 
@@ -186,7 +187,7 @@ def _record_inputs(
 def _open_journal(
     folder: str | os.PathLike[str], spec: PruningSpec, model: nn.Module, windows: Tensor, ranks: Ranks
 ) -> Journal | None:
-    """The journal, in the first process."""
+    """Open the journal, in the first process alone."""
     # All processes take part, since shards have to be gathered for the fingerprint.
     fingerprints = fingerprint(model, windows)
     with ranks.errors_shared():
@@ -197,13 +198,13 @@ def _open_journal(
 
 
 def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: BlockLoader) -> Storage:
-    """Where hidden states of so many tokens go: the device keeps room for a block and what is done with it."""
+    """Choose where hidden states of so many tokens go, with room on the device for a block and its solver."""
     shapes = [weight_of(linear).shape for linear in find_linears(loader.blocks.modules[0]).values()]
     config, item = spec.config, spec.config.dtype.itemsize
-    # Of each distinct input the sum in float64, and what becomes of it.
+    # Each distinct input has a Gram matrix (in, in), a sum in float64 that is then copied.
     grams = 2 * sum({inputs: 8 * inputs**2 for _, inputs in shapes}.values())
     solver = max(solver_bytes(s, config.dtype, config.memory_budget) + 2 * item * s[1] ** 2 for s in shapes)
-    # The block at work, the one before it and the one that is read meanwhile.
+    # Three blocks may be on the device: the one at work, the one before it and the one that is read meanwhile.
     working = grams + solver + 3 * loader.block_bytes()
     return choose_storage(tokens * hidden_bytes(model), loader.device, working)
 
@@ -217,7 +218,7 @@ def _check_weights(model: nn.Module, blocks: DecoderBlocks, spec: PruningSpec, *
         spec.check_shape(weight.shape, path)
         if weight.is_meta:
             if not on_disk_allowed:
-                raise ValueError(f"{path} is on disk, and its pruned weights need a place there: give journal_dir")
+                raise ValueError(f"{path} is on disk, as its pruned weights must be: give journal_dir")
             if isinstance(linear, Conv1D):
                 raise ValueError(f"{path} is a Conv1D on disk, which is not supported: load the model into memory")
         if weight.is_meta or isinstance(weight, DTensor):

@@ -103,6 +103,7 @@ class LayerSolver:
         _check_finite("gram", gram)
         if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.numel() == 0:
             raise ValueError(f"gram must have shape (in, in), at least (1, 1), but found {tuple(gram.shape)}")
+        # Seconds spent on the Gram matrix (in, in), which the first layer's result takes over.
         self._seconds = -time.perf_counter()
         with self._products(gram):
             self.gram = scale_gram(gram, spec.config.dtype)

@@ -18,7 +18,7 @@ The names of Algorithm 1, and what they are here:
     t, t_prev  `t`, `t_previous`                Nesterov's sequence
 
 What differs: the paper's form needs four products with A per iteration (two gradients, two losses). This one needs
-two. Gradient steps u(S) are affine in S, so u(Y) is the same linear combination of gradient steps at hand as Y is of
+two. Gradient steps u(S) are affine in S, so u(Y) is the same linear combination of known gradient steps as Y is of
 points, and f(S) = ½⟨S − B, ∇f(S)⟩ comes with the gradient.
 
 The support differs a little from that of the authors' program. Where λ ends up so large that fewer weights are left

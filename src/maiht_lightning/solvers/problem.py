@@ -35,7 +35,7 @@ class ScaledGram:
 
 def scale_gram(gram: Tensor, dtype: torch.dtype = torch.float32) -> ScaledGram:
     """Bring G (in, in) to unit diagonal; `gram` is left as it is."""
-    norms = gram.diagonal().to(dtype).clamp_min(0).sqrt()
+    norms = gram.diagonal().to(dtype).clamp_min(0).sqrt()  # d (in,)
     inverse = torch.where(norms > 0, norms.reciprocal(), 0)
     # Columns and rows of G (in, in) are divided one after the other, since products of extreme norms could leave the
     # floating-point range. The bounds are Cauchy-Schwarz, which rounding may break where features are nearly zero.
@@ -72,7 +72,7 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
     steps = min(steps, n)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(n, generator=generator, dtype=torch.float64).to(matrix)
-    basis = torch.zeros(steps + 1, n, dtype=matrix.dtype, device=matrix.device)
+    basis = torch.zeros(steps + 1, n, dtype=matrix.dtype, device=matrix.device)  # Lanczos vectors, one per row
     diagonal = torch.zeros(steps, dtype=matrix.dtype, device=matrix.device)
     off_diagonal = torch.zeros(steps, dtype=matrix.dtype, device=matrix.device)
     basis[0] = start / start.norm()
@@ -90,6 +90,7 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
         basis[k + 1] = torch.where(continues, vector / norm, 0)
     tridiagonal = torch.diag(diagonal) + torch.diag(off_diagonal[:-1], 1) + torch.diag(off_diagonal[:-1], -1)
     values, vectors = torch.linalg.eigh(tridiagonal.double().cpu())
+    # Some eigenvalue is at most the residual away from the largest Ritz value.
     residual = off_diagonal[-1].double().cpu() * vectors[-1, -1].abs() if steps < n else 0.0
     return float(values[-1] + residual)
 
@@ -104,6 +105,7 @@ def relative_error(weight: Tensor, pruned: Tensor, gram: ScaledGram) -> float:
     for dense, sparse in zip(weight.split(rows), pruned.split(rows), strict=True):
         scaled, exponent = scale_weight(dense, gram.norms)
         signal = signal + quadratic(scaled, gram.correlation) * 4.0**exponent
+        # (W − W0) · diag(d) (rows, in) takes the memory of the scaled weight, and its power of two.
         change = torch.sub(sparse, dense, out=scaled).mul_(gram.norms).mul_(2.0**-exponent)
         noise = noise + quadratic(change, gram.correlation) * 4.0**exponent
     # Rounding may leave a tiny negative number where the Gram matrix is singular.

@@ -31,7 +31,7 @@ def rows_within(memory_budget: int | None, shape: torch.Size | tuple[int, ...], 
 
 
 class Slices:
-    """Lends rows of matrices (out, in) to the computing device: views where they are there, else copies in buffers.
+    """Lends rows of matrices (out, in) to the execution device: views where they are there, else copies in buffers.
 
     Args:
         out: Rows of the matrices.
@@ -48,7 +48,7 @@ class Slices:
         self._buffers: dict[int, Tensor] = {}
 
     def borrow(self, matrix: Tensor, part: slice, *, read: bool = True) -> Tensor:
-        """The rows `part` of a matrix (out, in) on the computing device; unless `read`, their values do not matter."""
+        """The rows `part` of a matrix (out, in) on the execution device; unless `read`, their values do not matter."""
         rows = matrix[part]
         if not self._is_offloaded(matrix):
             return rows
@@ -61,7 +61,7 @@ class Slices:
         return buffer.copy_(rows) if read else buffer
 
     def give_back(self, matrix: Tensor, part: slice, borrowed: Tensor) -> None:
-        """Write changed rows back to where the matrix lies."""
+        """Write changed rows back to where the matrix is."""
         if self._is_offloaded(matrix):
             matrix[part].copy_(borrowed)
 

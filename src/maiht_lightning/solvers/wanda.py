@@ -15,5 +15,6 @@ from .solution import Solution
 def solve(weight: Tensor, gram: ScaledGram, prepared: None, pattern: Pattern, config: MAIHTConfig) -> Solution:
     """Prune W0 (out, in) by Wanda's score; kept weights stay as they are."""
     size = weight.abs().to(gram.norms.dtype)
+    # Where a feature is dead, the score |W| · ‖x‖ (out, in) is 0 for all its weights, and |W| decides.
     mask = pattern.mask(size * gram.norms, size)
     return Solution(weight * mask, mask)
