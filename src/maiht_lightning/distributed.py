@@ -1,7 +1,7 @@
 """Processes that prune or measure one model together, through `torch.distributed`.
 
-Only what is needed: sharing work out, sums at one process, and errors that reach all of them, so that none waits for
-one that has failed. A team of one does nothing of this and needs no process group.
+They share out work, sum results, and pass on errors, so that no process waits for one that has failed. A process alone
+needs no group, and communicates with nobody.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """Another process of the team has failed; the message is its own."""
+    """Another process of the group has failed; the message is its own."""
 
 
 class Ranks:
@@ -26,8 +26,8 @@ class Ranks:
         group: The process group, such as `torch.distributed.group.WORLD`. None: this process alone.
 
     Attributes:
-        rank: This process's place in the group.
-        size: How many there are.
+        rank: This process's number in the group.
+        size: Processes in the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -41,19 +41,20 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> list[T]:
-        """This process's share of items that all processes have: every `size`-th."""
+        """Return this process's share of items that all processes have: every `size`-th."""
         return list(items[self.rank :: self.size])
 
     def assign_by_cost(self, costs: Sequence[float]) -> list[int]:
-        """The process for each piece of work, the largest first to the one that has least to do."""
+        """Choose the process for each piece of work: the costliest first, to the one that has least to do."""
         load, owner = [0.0] * self.size, [0] * len(costs)
+        # In this order the greedy choice is at most 4/3 of the best (Graham 1969).
         for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
             owner[index] = load.index(min(load))
             load[owner[index]] += costs[index]
         return owner
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
-        """Sum a tensor over all processes, in place; only the owner's is right afterwards."""
+        """Sum a tensor over all processes, in place; only the owner has the sum afterwards."""
         if self.size > 1:
             dist.reduce(tensor, group=self._group, group_dst=owner)
 
@@ -63,21 +64,21 @@ class Ranks:
             dist.all_reduce(tensor, group=self._group)
 
     def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
-        """The owner's tensor, in place of the contents of this one, which must be contiguous."""
+        """Overwrite a contiguous tensor with the owner's, and return it."""
         if self.size > 1:
             dist.broadcast(tensor, group=self._group, group_src=owner)
         return tensor
 
     def broadcast_object(self, value: T, owner: int = 0) -> T:
-        """The owner's value, any that can be pickled."""
+        """Return the owner's value, which may be any that can be pickled."""
         if self.size == 1:
             return value
-        told: list[Any] = [value if self.rank == owner else None]
-        dist.broadcast_object_list(told, group=self._group, group_src=owner, device=self._device())
-        return told[0]
+        values: list[Any] = [value if self.rank == owner else None]
+        dist.broadcast_object_list(values, group=self._group, group_src=owner, device=self._device())
+        return values[0]
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Every process's value, in the order of their ranks."""
+        """Return every process's value, in the order of their ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -86,7 +87,7 @@ class Ranks:
 
     @contextmanager
     def errors_shared(self) -> Iterator[None]:
-        """Work that each process does for itself: it ends when all are done, with an error if one has failed.
+        """Wait at the end of work that each process does for itself, until all are done or have failed.
 
         Raises:
             RankError: Another process has failed.
@@ -96,6 +97,7 @@ class Ranks:
             yield
         except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
             failure = error
+        # All processes meet here, so that one that has failed is heard by those that have not.
         messages = self.all_gather_object(None if failure is None else str(failure)) if self.size > 1 else []
         if failure is not None:
             raise failure
@@ -104,6 +106,6 @@ class Ranks:
                 raise RankError(f"process {rank} has failed: {message}")
 
     def _device(self) -> torch.device | None:
-        # NCCL sends what lies on the GPU only.
+        # NCCL sends tensors on a GPU alone, so that pickled objects must go there first.
         on_cuda = dist.get_backend(self._group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if on_cuda else None

@@ -1,4 +1,4 @@
-"""What is known of a pruning and of its measurements: plain data that anyone may read."""
+"""Results of a pruning and of its measurements: plain data that anyone may read."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ STAGE_ORDER = ("dense", "pruned", "finetuned")
 
 @dataclass
 class LayerRecord:
-    """What happened to one linear layer.
+    """How one linear layer was pruned.
 
     Args:
         name: Dotted path in the model.
@@ -18,8 +18,8 @@ class LayerRecord:
         relative_error: ‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖² on the calibration inputs.
         objective: The solver's objective, iteration by iteration; empty where it does not iterate.
         accelerated: The monitor's choices; see `LayerResult`.
-        seconds: Wall-clock time of the solver.
-        name_in_block: Dotted path in its block. None in records of older journals, which know `name` alone.
+        seconds: Wall-clock time of the solver, in seconds.
+        name_in_block: Dotted path in its block. None in records of older journals, which have `name` alone.
     """
 
     name: str
@@ -47,12 +47,12 @@ class LayerRecord:
 
 @dataclass
 class PruningReport:
-    """What `prune` did.
+    """What `prune` has done.
 
     Args:
         layers: One record per linear layer, in the order of the blocks.
-        capture_seconds: Wall-clock time of the forward passes and Gram matrices.
-        solve_seconds: Wall-clock time of the solver.
+        capture_seconds: Wall-clock time of forward passes and Gram matrices, in seconds.
+        solve_seconds: Wall-clock time of the solver, in seconds.
         resumed: Blocks that came finished from the journal; their work is in none of the two times.
     """
 
@@ -63,7 +63,7 @@ class PruningReport:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time in all."""
+        """Wall-clock time of both, in seconds."""
         return self.capture_seconds + self.solve_seconds
 
     @property

@@ -173,7 +173,7 @@ def test_what_is_left_out_may_be_anything():
 def test_shapes_that_do_not_fit_are_refused():
     student, teacher, labels = logits_and_labels()
     for arguments in [(student, teacher[..., :-1], labels), (student, teacher, labels[:, 1:]), (student[0],) * 2]:
-        with pytest.raises(ValueError, match="expected logits"):
+        with pytest.raises(ValueError, match="logits must have shape"):
             distillation_loss(*arguments, *[labels[0]] * (3 - len(arguments)))
 
 

@@ -18,10 +18,10 @@ from ..models.blocks import evaluation_mode
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Padding in Hugging Face's labels.
+# Hugging Face's labels have this value where nothing is to be predicted.
 _IGNORED = -100
 
-# Logits turned to float32 at a time: 16 MiB a copy, whatever the vocabulary.
+# Logits (tokens, vocabulary) are turned to float32 so many at a time: 16 MiB per copy, whatever the vocabulary.
 _CHUNK_ELEMENTS = 2**22
 
 
@@ -32,17 +32,17 @@ def distillation_loss(
 
     As in a Hugging Face model's own loss, the logits at one position predict the label at the next, and labels of
     -100 are left out. T² keeps the gradient's size as T grows (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
-    Computed from log-softmax in float32, some rows at a time, and again in the backward pass, so that float32 copies
-    of all logits never exist.
+    It is computed from log-softmax in float32, some tokens at a time, and again in the backward pass, so that float32
+    copies of all logits never exist.
 
     Args:
-        student_logits: ``(batch, tokens, vocabulary)``, any floating dtype.
+        student_logits: (batch, tokens, vocabulary), any floating dtype.
         teacher_logits: The same shape; no gradient flows into them.
-        labels: ``(batch, tokens)``, int64, not shifted.
+        labels: (batch, tokens), int64, not shifted.
         temperature: T, which divides both models' logits.
 
     Returns:
-        A float32 scalar in nats a token; ``nan`` if nothing is predicted, as the model's own loss.
+        A float32 scalar in nats per token; NaN if nothing is predicted, as the model's own loss is.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -50,12 +50,13 @@ def distillation_loss(
     shape = student_logits.shape
     if len(shape) != 3 or teacher_logits.shape != shape or labels.shape != shape[:2]:
         raise ValueError(
-            "expected logits (batch, tokens, vocabulary) of student and teacher and labels (batch, tokens), "
-            f"found {tuple(shape)}, {tuple(teacher_logits.shape)} and {tuple(labels.shape)}"
+            "logits must have shape (batch, tokens, vocabulary), the same for student and teacher, and labels "
+            f"(batch, tokens), but found {tuple(shape)}, {tuple(teacher_logits.shape)} and {tuple(labels.shape)}"
         )
     predicted = labels[:, 1:].to(student_logits.device) != _IGNORED
     rows = max(1, _CHUNK_ELEMENTS // shape[-1])
     total = torch.zeros((), device=student_logits.device)
+    # A sequence has student's and teacher's logits (tokens, vocabulary) and whether each token is predicted (tokens,).
     for sequence in zip(student_logits[:, :-1], teacher_logits[:, :-1].detach(), predicted, strict=True):
         for part in zip(*(tensor.split(rows) for tensor in sequence), strict=True):
             total = total + checkpoint(_divergence, *part, temperature, use_reentrant=False, preserve_rng_state=False)
@@ -88,7 +89,7 @@ def distilled(
 
     Args:
         model: The student, a causal language model.
-        teacher: A causal language model with the same tokens, on the same device. Needs no gradients.
+        teacher: A causal language model with the same tokens, on the same device. It needs no gradients.
         weight: Share of the divergence in the loss, above 0 and at most 1. See `distillation_loss`.
         temperature: Softens both models' distributions.
 
@@ -111,7 +112,7 @@ class Distilled:
     """A model's loss with a teacher in it, until `remove()`. See `distilled`.
 
     Attributes:
-        kl: T²·KL of the last call in training mode, in nats a token, detached.
+        kl: T²·KL of the last call in training mode, in nats per token, detached; None before it.
     """
 
     def __init__(self, model: "PreTrainedModel", teacher: "PreTrainedModel", weight: float, temperature: float) -> None:
@@ -125,7 +126,7 @@ class Distilled:
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
         self.kl: Tensor | None = None
         self._names = list(inspect.signature(model.forward).parameters)
-        # A function and not the method itself: whoever copies the model would copy the teacher with a method.
+        # The hook is a function and not the method, whose owner has the teacher: a copy of the model would copy it too.
         self._handle = model.register_forward_hook(lambda *call: self._after_forward(*call), with_kwargs=True)  # noqa: PLW0108
 
     def remove(self) -> None:
@@ -153,6 +154,7 @@ class Distilled:
             raise ValueError("distillation runs the teacher on the same tokens: pass `input_ids`, and no embeddings")
         if isinstance(output, tuple):
             raise ValueError("distillation needs the model's named output, not a tuple: leave out `return_dict=False`")
+        # The teacher attends to the same tokens, at the same positions.
         same = {name: given[name] for name in ("attention_mask", "position_ids") if name in given}
         with torch.no_grad(), evaluation_mode(self.teacher):
             target = self.teacher(input_ids=tokens, **same, use_cache=False, return_dict=True).logits
@@ -165,5 +167,5 @@ class Distilled:
 def _vocabulary(model: "PreTrainedModel") -> int:
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: expected a causal language model")
+        raise ValueError(f"{type(model).__name__} has no output embeddings: it must be a causal language model")
     return len(head.weight)

@@ -47,12 +47,12 @@ def freeze(model: nn.Module) -> "SparsityMasks":
 class SparsityMasks:
     """The zeros of a model's linear layers at one moment, and what keeps them.
 
-    A mask takes a byte a weight, on the weight's device. See `freeze`.
+    A mask takes one byte per weight, on the weight's device. See `freeze`.
 
     Attributes:
         count: Frozen weights in all.
-        masks: By the layer's name, an int8 mask of its weight's shape, or of this process's shard of it: 0 where it is
-            frozen at 0, else 1; numbers, since the weight is multiplied by them.
+        masks: By the layer's name, an int8 mask of its weight's shape (out, in), or of this process's shard of it: 0
+            where it is frozen at 0, else 1. They are numbers and not booleans, since the weight is multiplied by them.
     """
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class SparsityMasks:
             for name, linear in find_linears(block).items():
                 weight = linear.weight
                 assert isinstance(weight, nn.Parameter)
-                zeros = _whole_sum(weight == 0)
+                zeros = _full_sum(weight == 0)
                 if zeros:
                     self._weights[f"{blocks.path}.{index}.{name}"] = weight
                     self.masks[f"{blocks.path}.{index}.{name}"] = (_local(weight) != 0).to(torch.int8)
@@ -83,7 +83,7 @@ class SparsityMasks:
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
-        """Zero the gradients of frozen weights. Before clipping, so that the norm is that of the others."""
+        """Zero the gradients of frozen weights; call it before clipping, so that their norm does not count."""
         for name, weight in self._weights.items():
             if weight.grad is not None:
                 _local(weight.grad).mul_(self._mask(name, weight))
@@ -96,16 +96,20 @@ class SparsityMasks:
 
     @torch.no_grad()
     def apply_to_optimizer(self, optimizer: Optimizer) -> None:
-        """Zero what an optimizer remembers of frozen weights: moments gathered before the pruning would move them."""
+        """Zero an optimizer's state of frozen weights: moments from before the pruning would move them."""
         for name, weight in self._weights.items():
             for value in optimizer.state.get(weight, {}).values():
-                # Not 8-bit ones, which cannot be multiplied; their share of an update is undone after each step.
+                # 8-bit moments cannot be multiplied; what they do to frozen weights is undone after each step.
                 if isinstance(value, Tensor) and value.shape == weight.shape and type(_local(value)) is Tensor:
                     _local(value).mul_(self._mask(name, value))
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Raise `LostZerosError` unless all frozen weights are 0; the device is waited for once."""
+        """Check that all frozen weights are 0; waits for the device once.
+
+        Raises:
+            LostZerosError: Some are not; the message names the first layer.
+        """
         counts = torch.stack(
             [
                 ((_local(weight) != 0) & (self._mask(name, weight) == 0)).sum().cpu()
@@ -124,11 +128,13 @@ class SparsityMasks:
     def __enter__(self) -> Self:
         for name, weight in self._weights.items():
             if weight.requires_grad:
+                # Clipping and whatever else reads a gradient (out, in) after the backward pass finds it masked.
                 self._handles.append(
                     weight.register_post_accumulate_grad_hook(
                         lambda weight, name=name: self._mask_gradient(name, weight)
                     )
                 )
+        # This hook is called after the steps of all optimizers of the process, also of those made later.
         self._handles.append(register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)))
         return self
 
@@ -152,24 +158,24 @@ class SparsityMasks:
             self.apply_to_weights()
 
     def _mask(self, name: str, like: Tensor) -> Tensor:
-        # The model may have been moved since.
+        # The model may have been moved to another device since the masks were made.
         if self.masks[name].device != like.device:
             self.masks[name] = self.masks[name].to(like.device)
         return self.masks[name]
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, or the tensor if it has none."""
+    """This process's shard of a tensor, or the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole_sum(tensor: Tensor) -> int:
+def _full_sum(tensor: Tensor) -> int:
     total = tensor.sum()
     return int(total.full_tensor() if isinstance(total, DTensor) else total)
 
 
 def _summed_over_shards(counts: Tensor, weight: Tensor) -> Tensor:
-    """Counts of this process's shards as counts of the whole, the same in all processes."""
+    """Sum counts (layers,) over all shards; the result is the same in all processes."""
     if not isinstance(weight, DTensor):
         return counts
     mesh = weight.device_mesh

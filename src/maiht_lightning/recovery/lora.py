@@ -45,6 +45,7 @@ def mask_lora(model: nn.Module) -> nn.Module:
         if bool((weight != 0).all()):
             continue
         _refuse_unmaskable(layer, name)
+        # The adapters' parameters stay where they are, in the optimizer too, if only the layer's class changes.
         layer.__class__ = MaskedLinear
     return model
 
@@ -53,7 +54,7 @@ def _refuse_unmaskable(layer: LoraLayer, name: str) -> None:
     plain = type(layer) in {Linear, MaskedLinear} and not cast(Linear, layer).fan_in_fan_out
     if not plain or layer.lora_variant or any(layer.lora_bias.values()):
         raise ValueError(
-            f"{name} has zeros and an adapter that cannot keep them: expected plain LoRA over an nn.Linear, "
+            f"{name} has zeros and an adapter that cannot keep them: it must be plain LoRA over an nn.Linear, "
             f"without a bias, DoRA or other variants, but found {type(layer).__name__} "
             f"{list(layer.lora_variant.values())}"
         )
@@ -85,6 +86,7 @@ class MaskedLinear(Linear):
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.lora_A:
+                # A (r, in) and B (out, r)
                 down, up = (cast(Tensor, part[adapter].weight) for part in (self.lora_A, self.lora_B))
                 inputs = self.lora_dropout[adapter](self._cast_input_dtype(x, down.dtype))
                 if torch.is_autocast_enabled(x.device.type):
@@ -110,6 +112,7 @@ class MaskedProduct(torch.autograd.Function):
         x, down, up, weight = ctx.saved_tensors
         (grad,) = grads
         inputs = grad @ _product(down, up, weight, ctx.scaling) if ctx.needs_input_grad[0] else None
+        # The gradient of s B A ∘ M (out, in), from which those of A and B follow by the chain rule.
         of_product = grad.flatten(0, -2).T @ x.flatten(0, -2)
         of_product = of_product.mul_(ctx.scaling).mul_(weight != 0)
         return inputs, up.T @ of_product, of_product @ down.T, None, None
