@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from helpers.byte_model import byte_tokenizer, same_weights, save_folder
+from helpers.counts import floor_of
 from helpers.sharp_model import perplexity_by_definition
 from maiht_lightning import prune
 from maiht_lightning.cli import main
@@ -56,7 +57,7 @@ def zeros_of(path):
 
 def test_fit_prunes_and_fills_the_runs_folder(options, tmp_path, capsys):
     main(["fit", *options, "--output_dir", "out", "--pruning.sparsity", "0.6"])
-    assert all(zeros == int(0.6 * size) for zeros, size in zeros_of(tmp_path / "out" / "model"))
+    assert all(zeros == floor_of(0.6, size) for zeros, size in zeros_of(tmp_path / "out" / "model"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary["stages"]) == ["dense", "pruned"]
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())

@@ -66,8 +66,8 @@ def launch(program, processes, folder, *arguments):
     path.write_text(textwrap.dedent(HEAD) + textwrap.dedent(program))
     started = []
     for rank in range(processes):
-        place = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "MASTER_PORT": port}
-        variables = {**ENVIRONMENT, "MASTER_ADDR": "localhost", **{name: str(value) for name, value in place.items()}}
+        process = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        variables = {**ENVIRONMENT, "MASTER_ADDR": "localhost", **{name: str(value) for name, value in process.items()}}
         started.append(
             subprocess.Popen(
                 [sys.executable, path, *arguments], cwd=folder, env=variables, stderr=subprocess.PIPE, text=True
@@ -106,7 +106,7 @@ def test_two_processes_as_one(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_three_processes_go_on_with_the_journal_of_two(tmp_path):
+def test_three_processes_resume_the_journal_of_two(tmp_path):
     finished(PRUNE, 2, tmp_path, "maiht", "unstructured", "1", "journal")
     (tmp_path / "journal" / "block_00002.safetensors").unlink()
     finished(PRUNE, 3, tmp_path, "maiht", "unstructured", "1", "journal")
@@ -300,7 +300,7 @@ RESUME = """
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_within_an_epoch(tmp_path):
+def test_two_processes_resume_within_an_epoch(tmp_path):
     """With the windows that each would have seen, to the weights of the uninterrupted fit."""
     finished(RESUME, 2, tmp_path)
     for rank in (0, 1):

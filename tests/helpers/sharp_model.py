@@ -21,9 +21,9 @@ def language(windows, length, seed=0):
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(VOCABULARY, (windows, length), generator=generator)
     surprising = torch.rand(windows, length, generator=generator) < 0.2
-    for place in range(1, length):
-        expected = successor(text[:, place - 1])
-        text[:, place] = torch.where(surprising[:, place], text[:, place], expected)
+    for position in range(1, length):
+        expected = successor(text[:, position - 1])
+        text[:, position] = torch.where(surprising[:, position], text[:, position], expected)
     return text
 
 
@@ -48,7 +48,7 @@ def perplexity_by_definition(model, windows):
     losses = []
     for window in windows:
         logits = model(input_ids=window[None], use_cache=False).logits[0].double()
-        for place in range(1, len(window)):
-            scores = logits[place - 1] - logits[place - 1].max()
-            losses.append(scores.exp().sum().log() - scores[window[place]])
+        for position in range(1, len(window)):
+            scores = logits[position - 1] - logits[position - 1].max()
+            losses.append(scores.exp().sum().log() - scores[window[position]])
     return torch.stack(losses).mean().exp().item()

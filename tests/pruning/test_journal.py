@@ -1,4 +1,4 @@
-"""The journal: a pruning that is cut off goes on where it stopped, with the same result."""
+"""The journal: a pruning that is cut off resumes where it stopped, with the same result."""
 
 import importlib
 import json

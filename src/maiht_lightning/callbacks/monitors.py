@@ -33,7 +33,7 @@ def _forget_checkpoints(callback: ModelCheckpoint) -> None:
     callback.best_model_path = callback.kth_best_model_path = callback.last_model_path = ""
     callback.best_model_score = callback.current_score = None
     callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-    # `ModelCheckpoint` saves nothing while `global_step` is that of the last save. A pruning changes the weights without
-    # a step, and what it leaves must be saved.
+    # `ModelCheckpoint` saves nothing while `global_step` is that of the last save. A pruning changes the weights
+    # without a step, and what it leaves must be saved.
     callback._last_global_step_saved = 0
     callback._last_checkpoint_saved = ""
