@@ -89,11 +89,11 @@ class ModelShape:
         return self.parameters - self.blocks * self.block_parameters
 
     def block_counts(self, itemsize: int) -> Counts:
-        """What a block does for a token with weights of so many bytes."""
+        """Give what a block does for a token with weights of so many bytes."""
         return self.block32 if itemsize >= 4 else self.block16
 
     def head_counts(self, itemsize: int) -> Counts:
-        """What embeddings, head and loss do for a token with weights of so many bytes."""
+        """Give what embeddings, head and loss do for a token with weights of so many bytes."""
         return self.head32 if itemsize >= 4 else self.head16
 
     @classmethod
@@ -118,6 +118,7 @@ class ModelShape:
         (block32, head32, structure), (block16, head16, _) = counts[torch.float32], counts[torch.bfloat16]
         block = found.modules[0]
         linears = find_linears(block)
+        # A layer that does not run in a plain forward pass, such as an expert, has no input that could be told.
         missing = [layer for layer in linears if layer not in structure.group_of]
         if missing:
             raise ValueError(
