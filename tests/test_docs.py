@@ -192,7 +192,7 @@ def test_extras_files_and_links_exist():
     for page, content in TEXTS.items():
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", content):
             assert ((ROOT / page).parent / link).exists(), (page, link)
-        for path in re.findall(r"(?:configs|scripts)/\w+\.\w+", content):
+        for path in re.findall(r"(?:configs|scripts|docs/examples)/\w+\.\w+", content):
             assert (ROOT / path).is_file(), (page, path)
 
 

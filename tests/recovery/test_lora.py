@@ -250,9 +250,9 @@ def test_the_example_script(tiny_folder, tmp_path):
     prune(model, torch.randint(0, 1000, (4, 32)), sparsity=0.6, method="wanda", progress=False)
     model.save_pretrained(tmp_path / "pruned")
     load_tokenizer(str(tiny_folder)).save_pretrained(tmp_path / "pruned")
-    script = [sys.executable, ROOT / "configs" / "lora_recovery.py", "--model", "pruned", "--output", "recovered"]
+    script = ROOT / "docs" / "examples" / "lora_recovery.py"
     done = subprocess.run(
-        [*script, "--steps", "20", "--seqlen", "64"],
+        [sys.executable, script, "--model", "pruned", "--output", "recovered", "--steps", "20", "--seqlen", "64"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,

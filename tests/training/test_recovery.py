@@ -295,9 +295,13 @@ def test_a_pruned_folder_is_trained_on_by_itself(options, tmp_path):
 
 @pytest.mark.slow
 def test_the_example_in_own_code(tiny_folder, tmp_path):
-    script = [sys.executable, ROOT / "configs" / "own_code.py", "--model", tiny_folder, "--output", tmp_path / "run"]
+    script = [sys.executable, ROOT / "docs" / "examples" / "own_code.py", "--seqlen", "64", "--steps", "5"]
     done = subprocess.run(
-        [*script, "--seqlen", "64", "--steps", "5"], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [*script, "--model", tiny_folder, "--output", tmp_path / "run"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

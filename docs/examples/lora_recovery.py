@@ -1,6 +1,6 @@
 """Recover a pruned model with LoRA and merge the adapters without losing a zero.
 
-    python configs/lora_recovery.py --model runs/NAME/model --output recovered
+    python docs/examples/lora_recovery.py --model runs/NAME/model --output recovered
 
 `FrozenSparsity` masks the product of PEFT's adapters, in training and in PEFT's own merge. Needs `peft`.
 """

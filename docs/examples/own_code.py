@@ -1,6 +1,6 @@
 """Pruning in training code of one's own, and recovery in the same run.
 
-    python configs/own_code.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output runs/own
+    python docs/examples/own_code.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output runs/own
 
 The LightningModule is anybody's: it holds a Hugging Face causal language model somewhere and has its own training
 step. `MAIHTPruning` prunes when the first fit ends; `sparse_finetune` fits once more with the zeros frozen.
