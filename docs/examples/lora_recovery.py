@@ -12,10 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from maiht_lightning import FrozenSparsity, WikiText2DataModule
+from maiht_lightning import FrozenSparsity, WikiText2DataModule, count_zeros, load_model, load_tokenizer
 from maiht_lightning.data.python_docs import PythonDocsDataModule
-from maiht_lightning.models.loading import load_model, load_tokenizer
-from maiht_lightning.models.sparsity import count_zeros, measured_sparsity
+from maiht_lightning.models.sparsity import measured_sparsity
 
 
 class LoraModule(LightningModule):

@@ -12,10 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from maiht_lightning import MAIHTPruning, SparseFinetune, sparse_finetune
+from maiht_lightning import Evaluation, MAIHTPruning, SparseFinetune, load_model, load_tokenizer, sparse_finetune
 from maiht_lightning.data.python_docs import PythonDocsCalibration, PythonDocsDataModule
-from maiht_lightning.evaluation.evaluation import Evaluation
-from maiht_lightning.models.loading import load_model, load_tokenizer
 
 
 class MyModule(LightningModule):

@@ -11,6 +11,7 @@ _HOME = {
     "C4Calibration": "data.c4",
     "CausalLMModule": "training.module",
     "Distillation": "callbacks.distillation",
+    "Evaluation": "evaluation.evaluation",
     "FrozenSparsity": "callbacks.frozen",
     "LayerResult": "solvers",
     "MAIHTConfig": "solvers",
@@ -19,8 +20,11 @@ _HOME = {
     "PruningReport": "records",
     "SparseFinetune": "training.sparse_finetune",
     "WikiText2DataModule": "data.wikitext2",
+    "count_zeros": "models.sparsity",
     "freeze": "recovery.freeze",
     "load_compact": "models.compact",
+    "load_model": "models.loading",
+    "load_tokenizer": "models.loading",
     "prune": "pruning.pruner",
     "prune_layer": "solvers",
     "save_compact": "models.compact",
@@ -34,9 +38,13 @@ if TYPE_CHECKING:
     from .callbacks.pruning import MAIHTPruning as MAIHTPruning
     from .data.c4 import C4Calibration as C4Calibration
     from .data.wikitext2 import WikiText2DataModule as WikiText2DataModule
+    from .evaluation.evaluation import Evaluation as Evaluation
     from .evaluation.perplexity import Perplexity as Perplexity
     from .models.compact import load_compact as load_compact
     from .models.compact import save_compact as save_compact
+    from .models.loading import load_model as load_model
+    from .models.loading import load_tokenizer as load_tokenizer
+    from .models.sparsity import count_zeros as count_zeros
     from .pruning.pruner import prune as prune
     from .records import PruningReport as PruningReport
     from .recovery.freeze import freeze as freeze
