@@ -1,10 +1,14 @@
 """README.md and docs/: their commands parse, their snippets run, what they name exists, and tables are the results'."""
 
 import argparse
+import ast
+import importlib
 import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from itertools import pairwise
@@ -19,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import maiht_lightning
 from helpers.byte_model import byte_tokenizer, save_folder
 from helpers.own_module import OwnModule
+from helpers.sharp_model import perplexity_by_definition
 from helpers.small_texts import SCRIPTS, load_script, run_script, write_texts
 from maiht_lightning import cli, commands
 from maiht_lightning.distributed import Ranks
@@ -27,6 +32,10 @@ from maiht_lightning.solvers import METHODS, LayerSolver, PruningSpec, parse_pat
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md")
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+PACKAGE = ROOT / "src" / "maiht_lightning"
+# For those who change the package: what they name is code, not commands and figures.
+DEVELOPERS_PAGES = ("docs/architecture.md", "CONTRIBUTING.md")
+DEVELOPERS_TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in DEVELOPERS_PAGES}
 RESULTS = ROOT / "docs" / "results"
 
 
@@ -189,11 +198,115 @@ def test_extras_files_and_links_exist():
     text = "\n".join(TEXTS.values())
     named = set(re.findall(r"maiht-lightning\[(\w+)\]", text)) | set(re.findall(r"extra `(\w+)`", text))
     assert named == {"lora", "lowmem", "eval", "wandb"} <= set(extras)
-    for page, content in TEXTS.items():
+    for page, content in {**TEXTS, **DEVELOPERS_TEXTS}.items():
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", content):
             assert ((ROOT / page).parent / link).exists(), (page, link)
         for path in re.findall(r"(?:configs|scripts|docs/examples)/\w+\.\w+", content):
             assert (ROOT / path).is_file(), (page, path)
+
+
+# ---- Names of the code
+
+
+def spans_of(text):
+    """What stands between backticks within sentences."""
+    return re.findall(r"`([^`]+)`", strip_fences(text))
+
+
+def members_of(folder):
+    """What the Python files of a folder define, by the class that defines it, and by None outside classes."""
+    members = {None: set()}
+    for path in folder.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        members[None] |= defined(tree.body)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                members[None].add(node.name)
+                members.setdefault(node.name, set()).update(defined(node.body))
+            elif isinstance(node, ast.FunctionDef):
+                arguments = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
+                members[None] |= {node.name, *arguments, *defined(node.body)}
+    return members
+
+
+def defined(body):
+    """Functions, and names that are assigned to."""
+    found = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_files_that_developers_are_told_of_exist():
+    folders = (ROOT, PACKAGE, PACKAGE / "solvers", ROOT / "tests" / "solvers")
+    seen = set()
+    for page, text in DEVELOPERS_TEXTS.items():
+        for span in spans_of(text):
+            if re.fullmatch(r"\.?[\w/-]+(\.(py|md|toml|sh|txt|json)|/)", span) and "NAME" not in span:
+                seen.add(span)
+                found = any((folder / span).exists() for folder in folders)
+                # Files of a run are described in the README.
+                assert found or span in ("summary.json", "constraints.txt"), (page, span)
+    assert len(seen) > 25
+
+
+@pytest.mark.parametrize("page", DEVELOPERS_PAGES)
+def test_names_that_developers_are_told_of_exist(page):
+    """Functions, classes, their methods and fields, as the sources and for CONTRIBUTING the tests define them."""
+    members = members_of(PACKAGE)
+    anywhere = set().union(*members.values(), METHODS)
+    if page == "CONTRIBUTING.md":
+        anywhere |= members_of(ROOT / "tests")[None]
+    # Of other programs; a variable of a shell; a folder; the mark of a test.
+    others = {"from_pretrained", "nn.Linear.weight", "PYTHON", "src", "slow"}
+    checked = 0
+    for span in spans_of(DEVELOPERS_TEXTS[page]):
+        match = re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(([\w, ]*)\))?", span)
+        if match is None or match[1] in others or match[1].startswith("MAIHT_") or (ROOT / match[1]).exists():
+            continue
+        owner, _, name = match[1].rpartition(".")
+        if name in ("py", "json", "txt", "html", "csv"):
+            continue
+        checked += 1
+        assert name in members.get(owner, anywhere), span
+        assert set(filter(None, re.split(r"[, ]+", match[2] or ""))) <= anywhere, span
+    assert checked > 20
+
+
+def test_the_tree_is_the_packages():
+    (tree,) = re.findall(r"```\nsrc/maiht_lightning/\n(.*?)```", DEVELOPERS_TEXTS["docs/architecture.md"], re.DOTALL)
+    named = re.findall(r"^  (\S+)", tree, re.MULTILINE)
+    there = {path.name + "/" * path.is_dir() for path in PACKAGE.iterdir()} - {"__pycache__/", "py.typed"}
+    assert len(named) == len(set(named))
+    assert set(named) == there
+
+
+def test_the_diagram_names_rooms():
+    text = DEVELOPERS_TEXTS["docs/architecture.md"]
+    (diagram,) = re.findall(r"```\n(text ──.*?)```", text, re.DOTALL)
+    rooms = {room for group in re.findall(r"\(([a-z, ]+)\)", diagram) for room in group.split(", ")}
+    assert rooms == {"data", "capture", "solvers", "pruning", "journal"}
+    assert all((PACKAGE / room).is_dir() for room in rooms - {"journal"})
+
+
+def test_every_public_name_is_that_of_its_home():
+    """Also for type checkers, which read the imports that are never made."""
+    (block,) = [node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If)]
+    assert {node.names[0].asname: node.module for node in block.body} == maiht_lightning._HOME
+    assert all(node.names[0].name == node.names[0].asname for node in block.body)
+    for name, home in maiht_lightning._HOME.items():
+        assert getattr(maiht_lightning, name) is getattr(importlib.import_module(f"maiht_lightning.{home}"), name)
+        assert name in dir(maiht_lightning)
+    for name in ("Evaluation", "count_zeros", "load_model", "load_tokenizer"):
+        assert name in maiht_lightning.__all__
+
+
+def test_the_package_alone_loads_nothing_heavy():
+    program = "import sys, maiht_lightning; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 # ---- Python
@@ -285,6 +398,17 @@ def test_the_readmes_frozen_training_keeps_zeros(namespace):
     layers = [weight for name, weight in weights.items() if "_proj" in name]
     assert len(layers) == 14
     assert all(2 * int((weight == 0).sum()) == weight.numel() for weight in layers)
+
+
+@pytest.mark.slow
+def test_the_readmes_notebook_measures(namespace):
+    block = snippet("count_zeros")
+    execute(block.replace('perplexity=["wikitext2"]', 'perplexity=["wikitext2"], seqlen=32, max_windows=3'), namespace)
+    weights = namespace["model"].state_dict().items()
+    assert namespace["zeros"] == sum(int((weight == 0).sum()) for name, weight in weights if "_proj" in name) > 0
+    found = namespace["evaluation"].measure(namespace["model"], namespace["tokenizer"]).perplexity["wikitext2"]
+    windows = namespace["evaluation"].windows["wikitext2"]
+    assert found == pytest.approx(perplexity_by_definition(namespace["model"], windows), rel=1e-5)
 
 
 @pytest.mark.slow
