@@ -114,7 +114,7 @@ class MAIHTCLI(LightningCLI):
         """Put the run and its loggers into the run's folder."""
         config = self.config[self.subcommand]
         saved = saved_pruning(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path else None
-        # A fit that goes on after its pruning does so in the folder in which that left its report.
+        # A fit that continues after its pruning does so in the folder in which that left its report.
         going_on = saved["output_dir"] if saved and saved["done"] else None
         folder = config.output_dir or going_on or _folder_of_all_processes()
         if config.sparse_finetune.distillation:

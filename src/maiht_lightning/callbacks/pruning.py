@@ -47,13 +47,13 @@ class MAIHTPruning(Callback):
 
     What is trained after a pruning keeps its zeros: a `FrozenSparsity` is added where there is none, checkpoint
     callbacks forget the dense model's scores, and at the end the result is measured as stage `finetuned` and saved as
-    `model_finetuned/`. That is so in a fit that goes on after `prune_at`, in `sparse_finetune`, and where a
+    `model_finetuned/`. That is so in a fit that continues after `prune_at`, in `sparse_finetune`, and where a
     `FrozenSparsity` stands beside this callback and the model comes with the zeros asked for.
 
     Note:
         `ModelCheckpoint`'s files from before the pruning are dense: use `output_dir/model`. Averaging callbacks
         must stand before this one, or they overwrite the pruned weights; they are refused otherwise, and anywhere
-        if training goes on after the pruning.
+        if training continues after the pruning.
 
     Args:
         sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) in each linear layer for
@@ -69,7 +69,7 @@ class MAIHTPruning(Callback):
         batch_size: Windows per calibration forward pass.
         compact: Also save the pruned model as `model_compact/`, much smaller, for `load_compact`; W&B gets it as an
             artifact.
-        prune_at: `end`; `epoch:K` or `step:K`, after K epochs or optimizer steps, and training goes on with the zeros
+        prune_at: `end`; `epoch:K` or `step:K`, after K epochs or optimizer steps, and training continues with the zeros
             frozen; or several steps, as `{epoch:1: 0.3, epoch:2: 0.5}`, with these sparsities in place of `sparsity`.
         offload: `cpu` keeps the model in host memory while it is pruned and measured, with one block at a time on the
             GPU; `disk`, for `maiht prune`, leaves its blocks in their files; `none`: it is on the GPU as a whole.

@@ -81,7 +81,7 @@ def sparse_finetune(
         train_dataloaders: As for `Trainer.fit`; so are the next two.
         val_dataloaders: See there.
         datamodule: See there.
-        ckpt_path: A checkpoint of such a fit, which goes on from there.
+        ckpt_path: A checkpoint of such a fit, which is resumed.
 
     Raises:
         MisconfigurationException: Nothing was pruned yet, the module has no such attribute, or there is no model to
