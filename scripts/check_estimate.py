@@ -100,12 +100,15 @@ def measure(source: str) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of SmolLM2, or another LLaMA; by default it is fetched")
     parser.add_argument("--blocks", type=int, default=12, help="of SmolLM2's 30")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own: what the allocator keeps of the whole model would count as this one's base.
-        shortening = get_context("spawn").Process(target=shorten, args=(str(fetch()), options.blocks, folder))
+        shortening = get_context("spawn").Process(
+            target=shorten, args=(options.model or str(fetch()), options.blocks, folder)
+        )
         shortening.start()
         shortening.join()
         if shortening.exitcode:

@@ -70,6 +70,24 @@ def smollm2_gguf():
 
 
 @pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf, tmp_path_factory):
+    """SmolLM2 in float32 with its tokenizer, as a Hugging Face folder: a GGUF file takes half a minute to read."""
+    from filelock import FileLock
+
+    from maiht_lightning.models.loading import load_model, load_tokenizer
+
+    # One for all processes of a run: each has a base of its own below the run's.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            load_model(str(smollm2_gguf)).save_pretrained(folder.with_suffix(".partial"))
+            load_tokenizer(str(smollm2_gguf)).save_pretrained(folder.with_suffix(".partial"))
+            folder.with_suffix(".partial").rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tokenizer(smollm2_gguf):
     """SmolLM2's tokenizer: byte-level BPE, 49,152 tokens."""
     from transformers import AutoTokenizer

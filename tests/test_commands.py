@@ -359,14 +359,12 @@ def test_report_refuses_what_is_no_run(tmp_path, monkeypatch, capsys, runs, mess
 
 
 @pytest.mark.slow
-def test_a_real_run_with_tasks_reports_everything(smollm2_gguf, tokenizer, local_data, tmp_path, monkeypatch):
+def test_a_real_run_with_tasks_reports_everything(smollm2_folder, tokenizer, local_data, tmp_path, monkeypatch):
     """SmolLM2's first blocks, real text and tasks, offline W&B: data store and folder hold what is promised."""
     import wandb
 
     monkeypatch.chdir(tmp_path)
-    # A .gguf file has no format that could be kept.
-    model = load_model(str(smollm2_gguf), None)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model = load_model(str(smollm2_folder))
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:3], 3
     model.save_pretrained("small")
     tokenizer.save_pretrained("small")

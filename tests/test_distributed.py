@@ -165,10 +165,10 @@ TRAIN = """
     from lightning.pytorch.strategies import DDPStrategy
     from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer as make_trainer
     from maiht_lightning import MAIHTPruning, SparseFinetune, sparse_finetune
-    from maiht_lightning.callbacks import pruning as callback
+    from maiht_lightning.callbacks import pruning_run
     from maiht_lightning.evaluation.evaluation import Evaluation, LoadedEvaluation
 
-    callback.find_tokenizer = lambda *_: NoTokenizer()
+    pruning_run.find_tokenizer = lambda *_: NoTokenizer()
     Evaluation.load = lambda self, *_: LoadedEvaluation(self, {"random": windows}, {})
 
     class Module(OwnModule):
@@ -256,7 +256,7 @@ RESUME = """
     from lightning.pytorch import LightningModule, seed_everything
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.strategies import DDPStrategy
-    from own_module import trainer as make_trainer
+    from helpers.own_module import trainer as make_trainer
     from maiht_lightning.data.module import TextDataModule
 
     class Letters:

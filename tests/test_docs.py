@@ -423,7 +423,7 @@ def test_the_readmes_notebook_prunes(namespace):
 
 def test_the_readmes_schedule_is_one():
     pruning = eval(snippet("prune_at="), {"MAIHTPruning": maiht_lightning.MAIHTPruning})
-    steps = [(step.name, step.sparsity) for step in pruning.schedule]
+    steps = [(step.name, step.spec.sparsity) for step in pruning.schedule]
     assert steps == [("epoch:1", 0.3), ("epoch:2", 0.5), ("end", 0.6)]
 
 

@@ -26,6 +26,7 @@ from maiht_lightning import (
 )
 from maiht_lightning.callbacks.schedule import PruningStep, parse_schedule
 from maiht_lightning.models.sparsity import count_zeros
+from maiht_lightning.solvers import PruningSpec
 
 # Many short fits: several seconds in all.
 pytestmark = pytest.mark.slow
@@ -80,12 +81,14 @@ def stages(tmp_path):
 
 
 def test_what_a_schedule_may_be():
-    assert parse_schedule("end", 0.5) == [PruningStep("end", 0, 0.5)]
-    assert parse_schedule("epoch:2", 0.5) == [PruningStep("epoch", 2, 0.5)]
-    shots = parse_schedule({"step:10": 0.3, "step:20": 0.5, "end": 0.6}, 0.9)
-    assert [(shot.name, shot.sparsity) for shot in shots] == [("step:10", 0.3), ("step:20", 0.5), ("end", 0.6)]
-    assert [shots[0].is_due(99, steps) for steps in (9, 10, 11)] == [False, True, True]
-    assert not shots[2].is_due(99, 99)
+    spec = PruningSpec.parse(0.9, "row", "wanda")
+    assert parse_schedule("end", spec) == [PruningStep("end", 0, spec)]
+    assert parse_schedule("epoch:2", spec) == [PruningStep("epoch", 2, spec)]
+    steps = parse_schedule({"step:10": 0.3, "step:20": 0.5, "end": 0.6}, spec)
+    assert [(step.name, step.spec.sparsity) for step in steps] == [("step:10", 0.3), ("step:20", 0.5), ("end", 0.6)]
+    assert all(step.spec.at(0.9) == spec for step in steps)
+    assert [steps[0].is_due(99, count) for count in (9, 10, 11)] == [False, True, True]
+    assert not steps[2].is_due(99, 99)
 
 
 @pytest.mark.parametrize(

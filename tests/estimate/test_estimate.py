@@ -297,11 +297,10 @@ def test_bad_input_is_named(config, options, message, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares with the CPU")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc of Linux")
-@pytest.mark.usefixtures("smollm2_gguf")
-def test_predicted_memory_is_that_of_a_real_model(tmp_path):
+def test_predicted_memory_is_that_of_a_real_model(smollm2_folder, tmp_path):
     """SmolLM2: each phase within 20 %. Its seconds are the machine's, and printed by the script only."""
     script, output = Path(__file__).parents[2] / "scripts" / "check_estimate.py", tmp_path / "found.json"
-    run = [sys.executable, script, "--json", output]
+    run = [sys.executable, script, "--model", smollm2_folder, "--blocks", "8", "--json", output]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
@@ -352,7 +351,7 @@ def test_seconds_are_those_of_one_call_in_the_middle(monkeypatch):
 
 
 def test_a_run_with_a_logger_stands_beside_its_prediction(tiny_llama, tmp_path, text, monkeypatch):
-    monkeypatch.setattr("maiht_lightning.callbacks.pruning.find_tokenizer", lambda *_: NoTokenizer())
+    monkeypatch.setattr("maiht_lightning.callbacks.pruning_run.find_tokenizer", lambda *_: NoTokenizer())
     logger = CSVLogger(tmp_path)
     fit = trainer(MAIHTPruning(calibration=Windows(), output_dir=str(tmp_path / "run")), logger=logger)
     fit.fit(OwnModule(tiny_llama(vocab_size=64)))

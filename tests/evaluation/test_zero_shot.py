@@ -458,7 +458,7 @@ def test_examples_are_those_of_lm_eval(long_llama, tokenizer, local_data, tmp_pa
 
 
 @pytest.mark.slow
-def test_all_tasks_equal_lm_evals_command_line(smollm2_gguf, local_data, tmp_path, no_hub):
+def test_all_tasks_equal_lm_evals_command_line(smollm2_folder, local_data, tmp_path, no_hub):
     """Both run at the same time with one thread each, as sums of floats depend on the number of threads.
 
     The model is cut to its first blocks, which changes the figures but not what makes them equal.
@@ -468,7 +468,7 @@ def test_all_tasks_equal_lm_evals_command_line(smollm2_gguf, local_data, tmp_pat
     missing = [name for name in PAPER_TASKS if not (local_data / "tasks" / name).is_dir()]
     if missing:
         pytest.skip(f"no local copies of {missing} in {local_data}")
-    model, tokenizer = load_model(str(smollm2_gguf)), load_tokenizer(str(smollm2_gguf))
+    model, tokenizer = load_model(str(smollm2_folder)), load_tokenizer(str(smollm2_folder))
     model.model.layers = model.model.layers[:4]
     model.config.num_hidden_layers = 4
     model.save_pretrained(tmp_path / "model")

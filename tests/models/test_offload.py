@@ -365,9 +365,9 @@ PEAK = """
     from pathlib import Path
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from maiht_lightning.capture import find_linears
-    from maiht_lightning.loading import load_model
-    from maiht_lightning.pruner import prune
+    from maiht_lightning.models.blocks import find_linears
+    from maiht_lightning.models.loading import load_model
+    from maiht_lightning.pruning.pruner import prune
     from maiht_lightning.solvers import MAIHTConfig
 
     torch.manual_seed(0)

@@ -207,7 +207,7 @@ def test_a_models_shape_is_benchmarked_phase_by_phase(here, monkeypatch, capsys)
     for name, phase in found["phases"].items():
         assert phase["seconds"] > 0
         assert set(phase["predicted_seconds"]) == {"local", "a100-80gb", "h100-80gb"}
-        rate = found["measured_device"]["single"]
+        rate = found["measured_device"]["flops_fp32"]
         assert phase["fraction_of_measured_peak"] == pytest.approx(phase["flops"] / phase["seconds"] / rate)
         assert f"{name}: {phase['seconds']:.2f} s" in printed
 
