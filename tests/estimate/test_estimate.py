@@ -318,16 +318,15 @@ def test_this_machine_is_measured():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU")
 def test_speeds_are_operations_and_bytes_over_seconds(monkeypatch):
     """As if every call took half a second, except sums into fresh memory: a whole one."""
-    works, precisions = [], []
+    works = []
 
     def seconds(place, work):
         works.append(work().dtype)
-        precisions.append(torch.backends.mkldnn.matmul.fp32_precision)
-        return 1.0 if len(works) == 5 else 0.5
+        return 1.0 if len(works) == 4 else 0.5
 
     monkeypatch.setattr("maiht_lightning.estimate.devices._seconds", seconds)
     device = find_device("local", 64, 128)
-    assert works == [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    assert works == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
     assert device.flops_fp32 == device.flops_bf16 == 2 * 2048 * 64 * 128 / 0.5
     assert device.flops_tf32 == device.flops_fp32  # CPUs have none
     assert device.bandwidth == 3 * 4 * 2**24 / 0.5
@@ -343,11 +342,23 @@ def test_seconds_are_those_of_one_call_in_the_middle(monkeypatch):
 
     def work():
         calls.append(None)
-        clock[0] += {0: 9.0, 6: 0.1}.get((len(calls) - 1) // 3, 2.0)
+        clock[0] += {0: 0.09, 6: 0.001}.get((len(calls) - 1) // 3, 0.02)
 
     monkeypatch.setattr("maiht_lightning.estimate.devices.time.perf_counter", lambda: clock[0])
-    assert _seconds(torch.device("cpu"), work) == pytest.approx(2.0)
+    assert _seconds(torch.device("cpu"), work) == pytest.approx(0.02)
     assert len(calls) == 21
+
+
+def test_work_that_takes_long_is_measured_less_often(monkeypatch):
+    clock, calls = [0.0], []
+
+    def work():
+        calls.append(None)
+        clock[0] += 0.15
+
+    monkeypatch.setattr("maiht_lightning.estimate.devices.time.perf_counter", lambda: clock[0])
+    assert _seconds(torch.device("cpu"), work) == pytest.approx(0.15)
+    assert len(calls) == 9  # three groups are the first to take more than a second
 
 
 def test_a_run_with_a_logger_stands_beside_its_prediction(tiny_llama, tmp_path, text, monkeypatch):

@@ -10,6 +10,8 @@ from ..solvers.precision import float32_products
 
 GIB = 2.0**30
 TERA = 1e12
+# Seconds after which a kind of work has been measured often enough.
+LONG_ENOUGH = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,16 @@ def measure(width: int, inner: int) -> Device:
     # The process may have set TF32 for its own products: what is measured must not depend on it.
     with float32_products(tf32=False):
         fp32 = _rate_of_products(device, torch.float32, width, inner)
-    with float32_products(tf32=True):
-        tf32 = _rate_of_products(device, torch.float32, width, inner)
+    tf32 = fp32  # which CPUs have no products in
+    if device.type == "cuda":
+        with float32_products(tf32=True):
+            tf32 = _rate_of_products(device, torch.float32, width, inner)
     return Device(
         name="local",
         memory=memory,
         flops_bf16=_rate_of_products(device, torch.bfloat16, width, inner),
         flops_fp32=fp32,
-        flops_tf32=tf32 if device.type == "cuda" else fp32,
+        flops_tf32=tf32,
         bandwidth=_bandwidth(device, reuse=True),
         bandwidth_uncached=_bandwidth(device, reuse=False),
         host_link=link,
@@ -153,7 +157,7 @@ def _rate_of_copies(device: torch.device) -> float:
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Measure the seconds of one call: the median of several groups of calls."""
+    """Measure the seconds of one call: the median of several groups of calls, fewer where they take long."""
 
     def finish() -> None:
         # A GPU works on its own: its clock is read when all of its work is done.
@@ -168,4 +172,7 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
             work()
         finish()
         times.append((time.perf_counter() - start) / 3)
+        # A CPU without bfloat16 products takes a second for each of them.
+        if 3 * sum(times) > LONG_ENOUGH:
+            break
     return sorted(times)[len(times) // 2]
