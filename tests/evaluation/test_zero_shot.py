@@ -477,14 +477,14 @@ def test_all_tasks_equal_lm_evals_command_line(smollm2_folder, local_data, tmp_p
     write_yamls(tmp_path / "yaml", local_data, PAPER_TASKS)
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}"]
     command += ["--tasks", ",".join(PAPER_TASKS), "--include_path", str(tmp_path / "yaml"), "--device", "cpu"]
-    command += ["--batch_size", "8", "--limit", "16", "--output_path", str(tmp_path / "answer")]
+    command += ["--batch_size", "8", "--limit", "8", "--output_path", str(tmp_path / "answer")]
     threads = torch.get_num_threads()
     with (tmp_path / "log").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         torch.set_num_threads(1)
-        ours = zero_shot(model, tokenizer, load_tasks(PAPER_TASKS), limit=16, batch_size=8, progress=False)
+        ours = zero_shot(model, tokenizer, load_tasks(PAPER_TASKS), limit=8, batch_size=8, progress=False)
         code = process.wait()
     finally:
         torch.set_num_threads(threads)
