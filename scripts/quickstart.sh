@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/install.sh '.[gguf]'
 model=$(.venv/bin/python scripts/fetch_smollm2.py)
+# OpenMP's threads wait for each other by spinning: beside other work, that takes longer than the work does.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 exec .venv/bin/maiht fit --config configs/quickstart.yaml --model.name_or_path "$model" "$@"
