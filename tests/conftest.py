@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 ROOT = Path(__file__).parents[1]
+CAPITAL = "The capital of France is"
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,11 @@ def smollm2_gguf():
 
 @pytest.fixture(scope="session")
 def smollm2_folder(smollm2_gguf, tmp_path_factory):
-    """SmolLM2 in float32 with its tokenizer, as a Hugging Face folder: a GGUF file takes half a minute to read."""
+    """SmolLM2 with its tokenizer, as a Hugging Face folder: a GGUF file takes half a minute to read.
+
+    `as_read.pt` holds tokens of `CAPITAL` and the logits for them of the model that was read.
+    """
+    import torch
     from filelock import FileLock
 
     from maiht_lightning.models.loading import load_model, load_tokenizer
@@ -81,9 +86,15 @@ def smollm2_folder(smollm2_gguf, tmp_path_factory):
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            load_model(str(smollm2_gguf)).save_pretrained(folder.with_suffix(".partial"))
-            load_tokenizer(str(smollm2_gguf)).save_pretrained(folder.with_suffix(".partial"))
-            folder.with_suffix(".partial").rename(folder)
+            partial = folder.with_suffix(".partial")
+            # A .gguf file has no format that could be kept.
+            model, tokenizer = load_model(str(smollm2_gguf), None).eval(), load_tokenizer(str(smollm2_gguf))
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            tokens = torch.tensor([tokenizer(CAPITAL).input_ids])
+            with torch.no_grad():
+                torch.save({"tokens": tokens, "logits": model(tokens).logits}, partial / "as_read.pt")
+            partial.rename(folder)
     return folder
 
 

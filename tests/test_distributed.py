@@ -84,33 +84,39 @@ def finished(program, processes, folder, *arguments):
 
 
 PRUNE = """
-    settings = {"sparsity": 0.5, "method": sys.argv[1], "pattern": sys.argv[2], "batch_size": int(sys.argv[3])}
+    import copy
+    dense, found = model, []
     journal = {"journal_dir": "journal"} if "journal" in sys.argv else {}
-    report = prune(model, windows, process_group=group, progress=False, **settings, **journal)
-    records = [(r.name, r.zeros, r.relative_error, r.objective) for r in report.layers]
-    torch.save({"weights": model.state_dict(), "records": records}, f"of_{world}_{rank}.pt")
+    for text in sys.argv[1].split():
+        method, pattern, batch_size = text.split(",")
+        model = copy.deepcopy(dense)
+        settings = {"sparsity": 0.5, "method": method, "pattern": pattern, "batch_size": int(batch_size)}
+        report = prune(model, windows, process_group=group, progress=False, **settings, **journal)
+        records = [(r.name, r.zeros, r.relative_error, r.objective) for r in report.layers]
+        found.append({"weights": model.state_dict(), "records": records})
+    torch.save(found, f"of_{world}_{rank}.pt")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [("maiht", "unstructured", "1"), ("maiht", "2:4", "2"), ("sparsegpt", "row", "3")])
-def test_two_processes_as_one(settings, tmp_path):
+def test_two_processes_as_one(tmp_path):
     """Seven windows: one process has one more than the other, and the last batch is smaller."""
-    finished(PRUNE, 1, tmp_path, *settings)
-    finished(PRUNE, 2, tmp_path, *settings)
-    alone, first, second = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
-    assert first["records"] == second["records"] == alone["records"]
-    for name, weight in alone["weights"].items():
-        assert torch.equal(first["weights"][name], weight), name
-        assert torch.equal(second["weights"][name], weight), name
+    for processes in (1, 2):
+        finished(PRUNE, processes, tmp_path, "maiht,unstructured,1 maiht,2:4,2 sparsegpt,row,3")
+    results = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    for alone, first, second in zip(*results, strict=True):
+        assert first["records"] == second["records"] == alone["records"]
+        for name, weight in alone["weights"].items():
+            assert torch.equal(first["weights"][name], weight), name
+            assert torch.equal(second["weights"][name], weight), name
 
 
 @pytest.mark.slow
 def test_three_processes_resume_the_journal_of_two(tmp_path):
-    finished(PRUNE, 2, tmp_path, "maiht", "unstructured", "1", "journal")
+    finished(PRUNE, 2, tmp_path, "maiht,unstructured,1", "journal")
     (tmp_path / "journal" / "block_00002.safetensors").unlink()
-    finished(PRUNE, 3, tmp_path, "maiht", "unstructured", "1", "journal")
-    two, three = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("2_0", "3_2"))
+    finished(PRUNE, 3, tmp_path, "maiht,unstructured,1", "journal")
+    (two,), (three,) = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("2_0", "3_2"))
     assert all(torch.equal(weight, three["weights"][name]) for name, weight in two["weights"].items())
     assert not (tmp_path / "journal.1").exists()
 

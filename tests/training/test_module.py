@@ -218,20 +218,19 @@ def test_bf16_true_trains_in_bfloat16(folder):
 
 
 @pytest.mark.slow
-def test_gguf_file_becomes_a_plain_model_that_can_be_saved(smollm2_gguf, tmp_path):
-    # A .gguf file has no format that could be kept.
-    model = load_model(str(smollm2_gguf), None)
+def test_gguf_file_becomes_a_plain_model_that_can_be_saved(smollm2_folder):
+    """The fixture has read a .gguf file, saved what it got, and noted its logits."""
+    model, tokenizer = load_model(str(smollm2_folder), None).eval(), load_tokenizer(str(smollm2_folder))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert type(model).__name__ == "LlamaForCausalLM"
     assert len(model.model.layers) == 30
-    model.save_pretrained(tmp_path)
-    load_tokenizer(str(smollm2_gguf)).save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    again, tokenizer = load_model(str(tmp_path)), load_tokenizer(str(tmp_path))
+    assert "quantization_config" not in json.loads((smollm2_folder / "config.json").read_text())
+    as_read = torch.load(smollm2_folder / "as_read.pt", weights_only=True)
     tokens = torch.tensor([tokenizer("The capital of France is").input_ids])
+    assert torch.equal(tokens, as_read["tokens"])
     with torch.no_grad():
-        logits = model.eval()(tokens).logits
-        torch.testing.assert_close(again.eval()(tokens).logits, logits)
+        logits = model(tokens).logits
+    torch.testing.assert_close(logits, as_read["logits"])
     assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
 
 
