@@ -142,7 +142,7 @@ def load_compact(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
         if unexpected:
             raise ValueError(f"{path / file} does not fit the config beside it: {unexpected[0]} is unknown there")
         missing -= set(tensors)
-    model.tie_weights()
+    # Tied from the start: values are copied into the parameters that the config has made one.
     tied = (
         set(model.state_dict()) - {name for name, _ in model.named_parameters()} - {n for n, _ in model.named_buffers()}
     )
