@@ -55,6 +55,7 @@ def zeros_of(path):
     return [(count.zeros, count.size) for count in count_zeros(load_model(str(path)))]
 
 
+@pytest.mark.slow
 def test_fit_prunes_and_fills_the_runs_folder(options, tmp_path, capsys):
     main(["fit", *options, "--output_dir", "out", "--pruning.sparsity", "0.6"])
     assert all(zeros == floor_of(0.6, size) for zeros, size in zeros_of(tmp_path / "out" / "model"))
@@ -98,6 +99,7 @@ def test_wandb_offline_twice(options, tmp_path):
     assert not (tmp_path / "wandb").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "pattern"), [("wanda", "row"), ("magnitude", "unstructured"), ("aiht", "2:4")])
 def test_prune_needs_no_training(options, tiny_folder, tokenizer, tmp_path, method, pattern):
     main(["prune", *options, "--output_dir", "out", "--pruning.method", method, "--pruning.pattern", pattern])
@@ -123,6 +125,7 @@ def cells(printed, first):
     return row
 
 
+@pytest.mark.slow
 def test_what_is_printed_and_written_at_the_end_equals_measurements(options, bytes_folder, tmp_path, capsys):
     """Of the dense and the saved pruned model, by the definitions; and of a pruning without Lightning."""
     main(["prune", *options, "--output_dir", "out", "--model.name_or_path", str(bytes_folder)])
@@ -198,6 +201,7 @@ def no_training(monkeypatch):
     monkeypatch.setattr(CausalLMModule, "training_step", lambda *_: pytest.fail("training began"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "prune"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -248,6 +252,7 @@ def test_model_without_decoder_blocks_is_refused_before_training(options, no_tra
     assert "has no decoder blocks" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_errors_inside_libraries_keep_their_traceback(options, monkeypatch):
     from maiht_lightning import CausalLMModule
 
@@ -286,6 +291,7 @@ def test_killed_while_pruning_and_resumed(options, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart", "smollm2_wikitext2", "smollm2_recovery", "llama7b_wikitext2"])
 def test_every_configuration_is_valid_for_fit_and_prune(name, capsys):
     path = os.path.join(ROOT, "configs", f"{name}.yaml")

@@ -46,6 +46,7 @@ def failed(capsys, *args):
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_evaluate_prints_and_writes_what_is_measured(tiny_folder, tokenizer, text, tmp_path, capsys, dtype):
     model = load_model(str(tiny_folder), getattr(torch, dtype))

@@ -49,6 +49,7 @@ def check_end(folder, name):
     assert not any(torch.allclose(before[f"model.{key}"], weight, atol=1e-4) for key, weight in expected.items())
 
 
+@pytest.mark.slow
 def test_a_fit_interrupted_between_two_prunings_resumes(here):
     """Half of it is done: the second pruning comes, after it an epoch, and zeros only grow."""
     start = checkpoint(COMPAT / "schedule" / "interrupted.ckpt")

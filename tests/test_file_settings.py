@@ -76,6 +76,7 @@ def docs_windows(samples=5, seqlen=24, seed=3):
     return PythonDocsCalibration(samples, seqlen, seed).windows(byte_tokenizer(), 128)
 
 
+@pytest.mark.slow
 def test_method_pattern_sparsity_solver_and_windows_decide_the_weights(run, dense):
     out = run(
         {
@@ -198,6 +199,7 @@ def failed(capsys, run, *args, **kwargs):
     return " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_settings_that_only_show_where_they_do_not_fit(run, tmp_path, capsys):
     calibrated = {"calibration": docs()}
     assert "compact files are made of a model that is in memory" in failed(
@@ -218,6 +220,7 @@ def test_options_come_before_the_file_and_a_preset_is_found(run, dense):
     assert same_weights(load(out / "model"), pruned(dense, docs_windows(), method="sparsegpt", sparsity=0.25))
 
 
+@pytest.mark.slow
 def test_a_schedule_of_a_file_prunes_during_the_fit(run, dense):
     out = run(
         {"method": "wanda", "prune_at": {"step:1": 0.3, "step:2": 0.6}, "calibration": docs()},

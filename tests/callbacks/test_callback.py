@@ -167,6 +167,7 @@ def test_csv_logger_gets_blocks_and_stages(module, text, no_figures, tmp_path):
         assert float(values[f"{stage}/perplexity/random"]) == stages[stage]["perplexity"]["random"]
 
 
+@pytest.mark.slow
 def test_offline_wandb_run_holds_curves_stages_table_and_settings(module, text, tmp_path):
     import wandb
 
@@ -199,6 +200,7 @@ def test_offline_wandb_run_holds_curves_stages_table_and_settings(module, text, 
     assert config["pruned_with"]["calibration"] == {"class": "Windows", "windows": [6, 32]}
 
 
+@pytest.mark.slow
 def test_a_logger_that_fails_costs_nothing(module, text, no_figures, tmp_path):
     class Broken(CSVLogger):
         def log_metrics(self, metrics, step=None):

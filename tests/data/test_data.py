@@ -511,6 +511,7 @@ def rows(batches):
     return [tuple(row) for batch in batches for row in batch.tolist()]
 
 
+@pytest.mark.slow
 def test_datamodule_feeds_a_trainer(tmp_path):
     model, data = Bigram(Bytes()), PythonDocsDataModule(seqlen=1000, batch_size=50)
     runner = trainer(tmp_path)
@@ -537,6 +538,7 @@ def test_the_seed_orders_the_batches(tmp_path):
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.slow
 def test_wikitext2_datamodule_on_local_copies(local_data, no_hub, tokenizer, tmp_path):
     model, data = Bigram(tokenizer, len(tokenizer)), WikiText2DataModule(seqlen=32, batch_size=2)
     trainer(tmp_path, limit_train_batches=2, limit_val_batches=1).fit(model, datamodule=data)

@@ -152,6 +152,7 @@ def test_all_named_gpus_are_compared_with_their_data_sheets():
     assert not any(device.is_host for device in SHEETS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", DATA_SHEETS)
 def test_seconds_are_operations_and_bytes_over_the_data_sheets_speeds(llama, gpu):
     """At 70 % of the peak rate of products and 80 % of the memory's: what large ones reach."""
@@ -201,6 +202,7 @@ def test_minutes_of_llama_7b_on_an_a100(llama):
     assert single["solve"] == seconds["solve"]
 
 
+@pytest.mark.slow
 def test_memory_of_llama_7b(llama):
     """The largest terms by hand, in bytes: weights, gradients and 8-bit moments take 2 a weight each, and so on."""
     weights, libraries = 2 * 6_738_415_616, 2**29
@@ -310,6 +312,7 @@ def test_predicted_memory_is_that_of_a_real_model(smollm2_folder, tmp_path):
         assert predicted == pytest.approx(measured, rel=0.2), phase
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured():
     device = find_device("local", 64, 128)
     assert min(device.memory, device.flops_bf16, device.flops_fp32, device.bandwidth, device.bandwidth_uncached) > 0
@@ -361,6 +364,7 @@ def test_work_that_takes_long_is_measured_less_often(monkeypatch):
     assert len(calls) == 9  # three groups are the first to take more than a second
 
 
+@pytest.mark.slow
 def test_a_run_with_a_logger_stands_beside_its_prediction(tiny_llama, tmp_path, text, monkeypatch):
     monkeypatch.setattr("maiht_lightning.callbacks.pruning_run.find_tokenizer", lambda *_: NoTokenizer())
     logger = CSVLogger(tmp_path)

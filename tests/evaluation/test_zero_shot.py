@@ -94,6 +94,7 @@ def arc_questions(data_dir, count):
         yield f"Question: {row['question']}\nAnswer:", row["choices"]["text"], gold
 
 
+@pytest.mark.slow
 def test_accuracies_equal_the_definition(long_llama, tokenizer, local_data, no_hub):
     tasks = load_tasks(["boolq", "arc_easy"])
     results = zero_shot(long_llama, tokenizer, tasks, limit=16, batch_size=3, progress=False)
@@ -308,6 +309,7 @@ def test_documents_are_prepared_once(local_data, no_hub):
     assert len(task.eval_docs) == 10042
 
 
+@pytest.mark.slow
 def test_local_examples_come_from_validation_and_are_the_same_each_time(long_llama, tokenizer, local_data, no_hub):
     tasks = load_tasks(["arc_easy"], num_fewshot=2)
     prompts = []

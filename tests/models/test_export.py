@@ -200,6 +200,7 @@ def test_what_export_cannot_do_is_said_and_leaves_nothing(tmp_path, monkeypatch,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_export_and_evaluate_from_the_command_line(tiny_folder, tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)

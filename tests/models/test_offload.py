@@ -37,6 +37,7 @@ def weights_of(folder):
     return LlamaForCausalLM.from_pretrained(folder).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "pattern"), [("maiht", "unstructured"), ("sparsegpt", "2:4")])
 def test_blocks_on_disk_are_pruned_as_in_memory(folder, tmp_path, method, pattern):
     settings = {"method": method, "pattern": pattern, "progress": False}
@@ -60,6 +61,7 @@ def test_perplexity_of_blocks_on_disk(folder):
     assert found == pytest.approx(perplexity(expected, WINDOWS, progress=False), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_pruning_from_disk_goes_on_after_a_crash(folder, tmp_path):
     """Once with the model as it was, once with the one whose first blocks point to the journal."""
     journal = tmp_path / "journal"
@@ -295,6 +297,7 @@ def test_by_itself_hidden_states_go_where_there_is_room(tiny_llama, monkeypatch,
     assert working == 2 * 8 * (64**2 + 128**2) + solver + 3 * 4 * (layers + 2 * 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["device", "host", "disk"])
 def test_where_hidden_states_are_stored_changes_nothing(tiny_llama, storage, tmp_path):
     expected, model = tiny_llama(vocab_size=64), tiny_llama(vocab_size=64)

@@ -63,6 +63,7 @@ def run(model, folder, windows=WINDOWS, **settings):
     return prune(model, windows, journal_dir=folder, progress=False, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fresh", [True, False], ids=["reloaded model", "model left in memory"])
 @pytest.mark.parametrize(("fails_in", "dtype"), [(1, torch.float32), (3, torch.float32), (2, torch.bfloat16)])
 def test_resumed_is_as_uninterrupted(make, solved, tmp_path, fails_in, fresh, dtype):
@@ -208,6 +209,7 @@ def test_a_pattern_has_one_sparsity(make, solved, tmp_path):
     assert solved.groups == 0
 
 
+@pytest.mark.slow
 def test_a_pruned_model_without_its_journal_is_another_model(make, solved, tmp_path):
     """Only blocks that the journal holds may differ from the dense model."""
     model, folder = make(), tmp_path / "journal"
@@ -274,6 +276,7 @@ def test_a_folder_of_other_things_is_refused_and_left(make, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_failed_write_leaves_no_block_file(make, tmp_path, monkeypatch):
     module = importlib.import_module("maiht_lightning.pruning.journal")
 

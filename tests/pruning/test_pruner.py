@@ -82,6 +82,7 @@ def plainly_pruned(model, windows, **settings):
 FEW = MAIHTConfig(mu=0.5, iterations=9, refine_iterations=4, step_scale=0.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -108,6 +109,7 @@ def test_prune_is_the_plain_loop(name, settings, windows, request):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4, msg=lambda text, p=path: f"{p}: {text}")
 
 
+@pytest.mark.slow
 def test_without_settings_it_is_mAIHT_at_half_the_weights(llama, windows):
     other = copy.deepcopy(llama)
     prune(llama, windows, progress=False)
@@ -181,6 +183,7 @@ def test_dropout_is_off_while_pruning_a_model_in_training(tiny_llama, windows):
     assert changed(one, state(two)) == set()
 
 
+@pytest.mark.slow
 def test_same_result_twice_and_for_any_order_or_batches_of_windows(llama, windows):
     """Each batch's part of a Gram matrix is rounded to float32, the sum of the parts is not."""
     results = []
@@ -219,6 +222,7 @@ def test_gram_matrices_are_in_tf32_where_the_solver_may_be(llama, windows, preci
     assert seen == [tf32] * 3
 
 
+@pytest.mark.slow
 def test_autocast_does_not_reuse_dense_weights(llama, windows):
     cached, fresh = copy.deepcopy(llama), copy.deepcopy(llama)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -229,6 +233,7 @@ def test_autocast_does_not_reuse_dense_weights(llama, windows):
     assert cached.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_works_in_inference_mode(llama, windows):
     other = copy.deepcopy(llama)
     with torch.inference_mode():
@@ -460,6 +465,7 @@ def test_an_interrupt_while_solving_leaves_whole_blocks(llama, windows, monkeypa
     assert changed(llama, before) == weights_of(llama, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writes", [1, 4, 7, 10])
 def test_an_interrupt_while_writing_leaves_whole_blocks(llama, windows, monkeypatch, writes):
     """Ctrl-C between two layers of a block: the block is completed first."""

@@ -92,6 +92,7 @@ def test_a_plain_loop_by_hand(sparse, tiny_llama):
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation(sparse, tiny_llama):
     other = copy_of(sparse, tiny_llama)
     expected = reference(other, OPTIMIZERS["AdamW"], accumulate=2)
@@ -128,6 +129,7 @@ def test_half_precision(sparse, precision, name):
     assert all(torch.equal(moved[name], mask) for name, mask in masks.items())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing(sparse, tiny_llama):
     other = copy_of(sparse, tiny_llama)
     expected = reference(other, OPTIMIZERS["AdamW"])
@@ -156,6 +158,7 @@ def test_moments_from_before_the_pruning_are_cleared(sparse):
         assert state["step"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [20, 30])
 def test_resumed_from_a_checkpoint_as_uninterrupted(sparse, tiny_llama, tmp_path, steps):
     other = copy_of(sparse, tiny_llama)

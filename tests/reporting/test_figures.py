@@ -202,6 +202,7 @@ def test_layers_weigh_as_many_weights_as_they_have():
 # ---- Files
 
 
+@pytest.mark.slow
 def test_files_for_what_there_is(records, tmp_path):
     folder = tmp_path / "run" / "figures"
     paths = draw_figures(folder, summary(dense={"perplexity": {"a": 2.0}}), records)

@@ -78,6 +78,7 @@ def no_warnings_of_loggers():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost_blocks", [0, 1])
 def test_a_run_done_again_or_gone_on_with_is_logged_like_the_first(run, tmp_path, no_warnings_of_loggers, lost_blocks):
     first, second = CSVLogger(tmp_path / "first"), CSVLogger(tmp_path / "second")
@@ -105,6 +106,7 @@ def test_operations_of_the_last_of_several_shots_are_divided_by_its_own_seconds(
         assert metrics[f"tflops/{phase}"] == pytest.approx(rate, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_solver_that_may_stop_early_has_no_rate(run, tmp_path):
     logger = CSVLogger(tmp_path / "csv")
     run(logger, config=replace(QUICK, tolerance=0.01))

@@ -227,6 +227,7 @@ def test_the_factorisation_is_shared_and_inputs_stay(method):
     assert all(map(torch.equal, (weight, other, gram), before))
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_layer_gets_finite_weights_and_exact_counts(data):

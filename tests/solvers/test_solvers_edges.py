@@ -222,6 +222,7 @@ def test_a_weight_that_was_pruned_before(pattern):
 SPECIAL_FEATURES = st.sampled_from(["none", "zero", "duplicated", "opposite", "tiny", "huge"])
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     seed=st.integers(0, 2**31),

@@ -96,6 +96,7 @@ def test_plain_step_descends_sufficiently(seed, out, inputs, tokens, pattern):
         assert slack.min() >= -1e-13 * fixed.target.square().sum()
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31), accelerated=st.booleans(), pattern=st.sampled_from(PATTERNS[:3]))
 def test_limit_points_satisfy_the_optimality_conditions(seed, accelerated, pattern):
@@ -127,6 +128,7 @@ def test_refining_never_raises_the_loss(seed, out, inputs, tokens, pattern, meth
     assert (losses.diff() <= (1e-13 if double else 1e-5) * (losses[0] + 1e-12)).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), pattern=st.sampled_from(PATTERNS), method=st.sampled_from(ITERATIVE))
 def test_order_of_rows_and_features_does_not_matter(seed, pattern, method):
@@ -146,6 +148,7 @@ def test_order_of_rows_and_features_does_not_matter(seed, pattern, method):
     torch.testing.assert_close(moved.weight, expected.weight[rows][:, columns], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
