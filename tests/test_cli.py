@@ -183,6 +183,7 @@ def test_prune_reads_a_checkpoint_and_agrees_with_fit(options, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(fitted.parameters(), pruned.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name"), [("validate", "val"), ("test", "test")])
 def test_validate_and_test_report_the_perplexity_of_their_windows(options, bytes_folder, capsys, command, name):
     batches = ["--trainer.limit_val_batches", "2", "--trainer.limit_test_batches", "2"]
@@ -233,6 +234,7 @@ def test_bad_input_is_answered_before_training(options, no_training, capsys, tmp
     assert not list(tmp_path.glob("runs/*/model"))
 
 
+@pytest.mark.slow
 def test_missing_data_folder_is_named_before_training(options, no_training, capsys, monkeypatch):
     monkeypatch.setenv("MAIHT_DATA_DIR", "/nowhere")
     for change in (["--data", "WikiText2DataModule"], ["--pruning.calibration", "C4Calibration"]):

@@ -124,6 +124,7 @@ def loaded(path):
     return getattr(importlib.import_module(module), name)
 
 
+@pytest.mark.slow
 def test_a_configuration_runs(here):
     """From start to end, and as the older version's run did."""
     cli.main(["fit", "--config", str(COMPAT / "recovery" / "config.yaml"), "--output_dir", "again"])

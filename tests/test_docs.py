@@ -91,6 +91,7 @@ def test_there_are_commands_of_every_kind():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_is_one_that_its_program_takes(words, tmp_path, monkeypatch, capsys):
     program, *arguments = words
@@ -253,6 +254,7 @@ def test_files_that_developers_are_told_of_exist():
     assert len(seen) > 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", DEVELOPERS_PAGES)
 def test_names_that_developers_are_told_of_exist(page):
     """Functions, classes, their methods and fields, as the sources and for CONTRIBUTING the tests define them."""

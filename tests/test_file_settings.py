@@ -116,6 +116,7 @@ def small_c4(tmp_path, monkeypatch):
     monkeypatch.setenv("MAIHT_DATA_DIR", str(tmp_path / "data"))
 
 
+@pytest.mark.slow
 def test_sampling_of_c4_a_schedules_last_sparsity_and_groups_of_four(run, dense, small_c4):
     drawn = {"samples": 4, "seqlen": 40, "sampling": "packed", "seed": 2}
     shared = {"method": "wanda", "calibration": {"class_path": "C4Calibration", "init_args": drawn}}
@@ -138,6 +139,7 @@ def test_windows_have_the_models_own_length_where_none_is_given(run, dense):
     assert same_weights(found, pruned(dense, windows, method="wanda"))
 
 
+@pytest.mark.slow
 def test_batches_texts_lengths_and_files(run, dense, tmp_path, monkeypatch):
     """What changes no weights: how many windows at once, where hidden states are kept, what is measured and saved."""
     (tmp_path / "fox.txt").write_text(FOX)
@@ -211,6 +213,7 @@ def test_settings_that_only_show_where_they_do_not_fit(run, tmp_path, capsys):
     assert "memory_budget must hold at least one row" in failed(capsys, run, {**calibrated, **small})
 
 
+@pytest.mark.slow
 def test_options_come_before_the_file_and_a_preset_is_found(run, dense):
     out = run(
         {"method": "aiht", "sparsity": 0.6, "pattern": "row", "config": "paper", "calibration": docs(samples=64)},

@@ -147,6 +147,7 @@ def test_bf16_true(module, text, no_figures, tmp_path):
     assert all(count.zeros == count.size // 2 for count in count_zeros(module.net["lm"]))
 
 
+@pytest.mark.slow
 def test_without_output_dir_a_fresh_folder_is_made_each_time(module, text, no_figures, tmp_path):
     for _ in range(2):
         trainer(MAIHTPruning(calibration=Windows()), default_root_dir=tmp_path).fit(module)

@@ -166,6 +166,7 @@ def test_weights_are_those_of_prune(module, tmp_path, changes):
     assert not same(expected, watch.dense)
 
 
+@pytest.mark.slow
 def test_every_field_of_the_config_counts(module, tmp_path):
     changes = {
         "mu": 0.5,
@@ -402,6 +403,7 @@ def test_without_any_tokenizer_a_fit_stops_before_training(module, tmp_path, bes
     assert module.steps == 0
 
 
+@pytest.mark.slow
 def test_by_default_papers_settings_at_the_models_length(sharp_llama, corpus, tmp_path):
     module, watch = Module(sharp_llama(max_position_embeddings=48, **SMALL), Letters()), Watch()
     pruning = MAIHTPruning(output_dir=str(tmp_path / "run"))

@@ -153,6 +153,7 @@ def test_no_warning_about_the_length(tokenizer, monkeypatch, caplog):
 # --- texts by name ---
 
 
+@pytest.mark.slow
 def test_wikitext2_is_the_exact_copy(local_data, no_hub, tokenizer):
     lines = load_texts("wikitext2", "validation")
     assert len(lines) == 3760

@@ -77,6 +77,7 @@ def phases_of(shape, job, device="a100-80gb"):
     return {phase.name: phase for phase in estimate(shape, job, SHEETS[device]).phases}
 
 
+@pytest.mark.slow
 def test_operations_of_llama_7b(llama):
     """The solver's 130 products and three more, 2 · out · in² each; the forward passes' 2 a weight and a token."""
     phases = phases_of(llama, Job(train_steps=10))
@@ -96,6 +97,7 @@ def test_operations_of_llama_7b(llama):
     assert phases["evaluate"].flops == pytest.approx(2 * 166 * evaluation, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "products", "cubes"),
     [

@@ -113,6 +113,7 @@ def test_accuracies_equal_the_definition(long_llama, tokenizer, local_data, no_h
     assert all(type(value) is float for metrics in results.values() for value in metrics.values())
 
 
+@pytest.mark.slow
 def test_batch_size_is_what_the_model_sees_and_changes_nothing(long_llama, tokenizer, local_data):
     tasks = load_tasks(["arc_easy"])
     sizes = []
@@ -162,6 +163,7 @@ class Broken(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_all_is_left_as_found(tiny_llama, tokenizer, local_data, fails):
     # The config says tied, but the weights are two: lm-eval would tie them.
@@ -368,6 +370,7 @@ def fake_hub(data_dir, monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_without_local_copies_lm_eval_asks_the_hub(long_llama, tokenizer, fake_hub, data_dir, monkeypatch):
     tasks = load_tasks(["rte", "rte"])
     assert fake_hub == [("nyu-mll/glue", "rte")]

@@ -343,6 +343,7 @@ def test_maiht_prune_from_disk(tiny_folder, tmp_path, monkeypatch):
         assert one == pytest.approx(other, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -221,6 +221,7 @@ def test_a_pruned_model_without_its_journal_is_another_model(make, solved, tmp_p
     assert (tmp_path / "journal.1").is_dir()
 
 
+@pytest.mark.slow
 def test_partial_files_are_ignored(make, solved, tmp_path):
     folder = tmp_path / "journal"
     whole = make()

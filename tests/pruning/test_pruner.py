@@ -118,6 +118,7 @@ def test_without_settings_it_is_mAIHT_at_half_the_weights(llama, windows):
     assert changed(llama, state(other)) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.29), ("row", 0.37), ("2:4", 0.5)])
 def test_zeros_are_exact(llama, windows, method, pattern, sparsity):
@@ -144,12 +145,14 @@ def test_report_tells_errors_and_times(llama, windows):
     assert report.capture_seconds > 0
 
 
+@pytest.mark.slow
 def test_only_the_linear_layers_of_the_blocks_change(llama, windows):
     before = state(llama)
     prune(llama, windows, progress=False)
     assert changed(llama, before) == weights_of(llama)
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_tied(tiny_llama, windows):
     model = tiny_llama(vocab_size=64, tie_word_embeddings=True)
     embedding = model.model.embed_tokens.weight
@@ -159,6 +162,7 @@ def test_tied_weights_stay_tied(tiny_llama, windows):
     assert torch.equal(embedding, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_mode_dtype_gradients_and_parameters_are_kept(llama, windows, dtype):
     llama.to(dtype).train()
@@ -176,6 +180,7 @@ def test_mode_dtype_gradients_and_parameters_are_kept(llama, windows, dtype):
     assert llama.model.layers[0].mlp.down_proj.weight.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_dropout_is_off_while_pruning_a_model_in_training(tiny_llama, windows):
     one, two = (tiny_llama(vocab_size=64, attention_dropout=0.5) for _ in range(2))
     prune(one.train(), windows, progress=False)

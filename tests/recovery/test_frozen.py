@@ -42,6 +42,7 @@ def copy_of(model, tiny_llama, **config):
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_as_with_masks_in_the_forward_pass(sparse, tiny_llama, name):
     other = copy_of(sparse, tiny_llama)
@@ -55,6 +56,7 @@ def test_as_with_masks_in_the_forward_pass(sparse, tiny_llama, name):
         torch.testing.assert_close(weight, twin * masks.get(parameter, 1), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_plain_loop_with_the_context(sparse, tiny_llama, name):
     other = copy_of(sparse, tiny_llama)
@@ -75,6 +77,7 @@ def test_a_plain_loop_with_the_context(sparse, tiny_llama, name):
     assert not any(p._post_accumulate_grad_hooks for p in sparse.parameters())
 
 
+@pytest.mark.slow
 def test_a_plain_loop_by_hand(sparse, tiny_llama):
     other = copy_of(sparse, tiny_llama)
     expected, losses = reference(other, OPTIMIZERS["AdamW"]), []

@@ -96,6 +96,7 @@ def test_a_run_done_again_or_gone_on_with_is_logged_like_the_first(run, tmp_path
     assert blocks[0] == blocks[1] != {}
 
 
+@pytest.mark.slow
 def test_operations_of_the_last_of_several_shots_are_divided_by_its_own_seconds(run, tmp_path):
     logger = CSVLogger(tmp_path / "csv")
     callback = run(logger, prune_at={"step:1": 0.25, "step:2": 0.5})

@@ -97,6 +97,7 @@ def test_time_memory_environment_and_settings(records, tmp_path):
     assert table == [["config.mu", "0.1"], ["config.seqlen", "–"], ["tasks", "boolq, rte"]]
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_from_outside(records, tmp_path):
     figures = draw_figures(tmp_path / "figures", full(), records)
     found = page(tmp_path, full(), records, **figures)

@@ -171,6 +171,7 @@ def test_what_an_earlier_process_wrote_is_taken_over(tmp_path):
     assert fresh.summary.stages == {}
 
 
+@pytest.mark.slow
 def test_only_a_saved_model_is_said_to_load(tmp_path, capsys):
     recorder(tmp_path).finish_pruning(report())
     assert "from_pretrained" not in capsys.readouterr().out

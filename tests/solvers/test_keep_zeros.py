@@ -70,6 +70,7 @@ def test_refining_finds_the_best_weights_on_the_allowed_support():
     torch.testing.assert_close(result.weight, weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_steps_are_as_good_as_one():
     """Over four layers the errors differ by less than 3 %. Without refining it is 10 %, and Wanda's are 3.7-fold."""
     ratios = []
@@ -97,6 +98,7 @@ def test_in_slices_of_rows(pattern):
     torch.testing.assert_close(whole.weight, sliced.weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_in_steps(tiny_llama):
     model, windows = tiny_llama(vocab_size=64), torch.randint(0, 64, (4, 32))
     masks = []

@@ -111,6 +111,7 @@ def test_limit_points_satisfy_the_optimality_conditions(seed, accelerated, patte
     assert (gradient.abs() <= steepest * (1 + 1e-9))[~support].all()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     **problem_shapes,

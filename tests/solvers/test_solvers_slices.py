@@ -24,6 +24,7 @@ def copies(request, monkeypatch):
         monkeypatch.setattr(Slices, "_is_offloaded", lambda self, matrix: True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 5, 12, 23])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("method", ITERATIVE)
@@ -50,6 +51,7 @@ def test_slices_in_float32(pattern):
     assert sliced.relative_error == pytest.approx(whole.relative_error, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_memory_stays_within_the_budget(pattern):
     """A whole layer takes twelve matrices at most; slices of a by-row layer their budget, beside the result."""

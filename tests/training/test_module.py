@@ -79,6 +79,7 @@ def test_settings_out_of_range_are_named(folder, setting, value):
         CausalLMModule(str(folder), **{setting: value})
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_reports_perplexity(folder):
     module = CausalLMModule(str(folder), learning_rate=3e-3)
     trainer = quiet_trainer(max_epochs=3)
