@@ -1,6 +1,5 @@
 """`MAIHTPruning`: prune the model at the end of a fit, or in the middle of it."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from ..models.offload import is_sharded
 from ..models.sparsity import count_zeros, layers_that_lost_zeros, measured_sparsity
 from ..pruning.journal import read_records
 from ..pruning.pruner import has_pattern
-from ..records import LayerRecord, PruningReport
+from ..records import PruningReport
 from ..reporting.summary import Summary
 from ..solvers import MAIHTConfig, PruningSpec
 from ..validation import check_at_least
@@ -296,15 +295,10 @@ class MAIHTPruning(Callback):
         `prepare` comes before.
         """
         self.done = len(self.schedule) - 1
-        self.report = self._prune_step(trainer, pl_module, self.run.recorder.block)
+        self.report = self._prune_step(trainer, pl_module)
         self.run.finish_pruning(self.spec, self.report)
 
-    def _prune_step(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        on_block: Callable[[list[LayerRecord]], None] | None = None,
-    ) -> PruningReport:
+    def _prune_step(self, trainer: Trainer, pl_module: LightningModule) -> PruningReport:
         """Do the next step of the schedule, with the stage `dense` before the first."""
         step, is_last = self.schedule[self.done], self.done + 1 == len(self.schedule)
         # Gradients are of no more use, and as large as the model.
@@ -317,7 +311,8 @@ class MAIHTPruning(Callback):
         report = self.run.prune(
             step.spec.keeping_zeros() if has_frozen else step.spec,
             journal="journal" if is_last else f"journal_{step.name.replace(':', '_')}",
-            on_block=on_block,
+            # W&B has room for one set of curves over the blocks: the last step's.
+            on_block=self.run.recorder.block if is_last else None,
         )
         self.done, self._pruned_step = self.done + 1, trainer.global_step
         return report

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from .blocks import find_blocks, find_linears
+from .blocks import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +60,7 @@ def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, toke
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    sparse = {
-        f"{blocks.path}.{i}.{name}.weight" for i, block in enumerate(blocks.modules) for name in find_linears(block)
-    }
+    sparse = {f"{path}.weight" for path, _ in blocks.linears()}
     shapes: dict[str, list[int]] = {}
     files = []
     groups: dict[str, dict[str, Tensor]] = {}

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..models.blocks import find_adapters, find_blocks, find_linears
+from ..models.blocks import find_adapters, find_blocks
 
 
 class LostZerosError(RuntimeError):
@@ -65,15 +65,14 @@ class SparsityMasks:
         self.count = 0
         self._weights: dict[str, nn.Parameter] = {}
         self.masks: dict[str, Tensor] = {}
-        for index, block in enumerate(blocks.modules):
-            for name, linear in find_linears(block).items():
-                weight = linear.weight
-                assert isinstance(weight, nn.Parameter)
-                zeros = _full_sum(weight == 0)
-                if zeros:
-                    self._weights[f"{blocks.path}.{index}.{name}"] = weight
-                    self.masks[f"{blocks.path}.{index}.{name}"] = (_local(weight) != 0).to(torch.int8)
-                    self.count += zeros
+        for path, linear in blocks.linears():
+            weight = linear.weight
+            assert isinstance(weight, nn.Parameter)
+            zeros = _full_sum(weight == 0)
+            if zeros:
+                self._weights[path] = weight
+                self.masks[path] = (_local(weight) != 0).to(torch.int8)
+                self.count += zeros
         if not self.masks:
             raise ValueError(
                 f"{type(model).__name__} has no zeros to freeze in the linear layers of its {len(blocks.modules)} "
