@@ -20,6 +20,8 @@ class LayerRecord:
         accelerated: The monitor's choices; see `LayerResult`.
         seconds: Wall-clock time of the solver, in seconds.
         name_in_block: Dotted path in its block. None in records of older journals, which have `name` alone.
+        block_error: Mean relative error per token of the block's output on held-out calibration windows, before and
+            after its reconstruction; None where there was none. It is the same for all layers of a block.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LayerRecord:
     accelerated: list[float] = field(default_factory=list)
     seconds: float = 0.0
     name_in_block: str | None = None
+    block_error: tuple[float, float] | None = None
 
     @property
     def layer(self) -> str:
@@ -53,18 +56,20 @@ class PruningReport:
         layers: One record per linear layer, in the order of the blocks.
         capture_seconds: Wall-clock time of forward passes and Gram matrices, in seconds.
         solve_seconds: Wall-clock time of the solver, in seconds.
-        resumed: Blocks that came finished from the journal; their work is in none of the two times.
+        reconstruction_seconds: Wall-clock time of the blocks' reconstruction, in seconds.
+        resumed: Blocks that came finished from the journal; their work is in none of these times.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)
     capture_seconds: float = 0.0
     solve_seconds: float = 0.0
     resumed: int = 0
+    reconstruction_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time of both, in seconds."""
-        return self.capture_seconds + self.solve_seconds
+        """Wall-clock time of all parts, in seconds."""
+        return self.capture_seconds + self.solve_seconds + self.reconstruction_seconds
 
     @property
     def sparsity(self) -> float:

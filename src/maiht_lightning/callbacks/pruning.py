@@ -60,7 +60,8 @@ class MAIHTPruning(Callback):
         pattern: `unstructured` (compared within a layer), `row` (within an output row), or `N:M`, which keeps N
             of every M consecutive inputs.
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
-        config: Settings of the solver, or a preset's name; the paper's by default.
+        config: A preset's name, `paper`, `fast`, `balanced` or `best`, or settings one by one. By default `balanced`,
+            and for other methods than `maiht` as they were published.
         calibration: Where calibration windows come from; by default 128 from C4.
         evaluation: What the dense and the pruned model are measured by; by default perplexity on WikiText-2.
         model: Dotted path of the Hugging Face model in the LightningModule. None: it is found.
@@ -95,7 +96,7 @@ class MAIHTPruning(Callback):
         sparsity: float = 0.5,
         pattern: str = "unstructured",
         method: str = "maiht",
-        config: MAIHTConfig | str = "paper",
+        config: MAIHTConfig | str | None = None,
         calibration: CalibrationSource | None = None,
         evaluation: Evaluation = Evaluation(),  # noqa: B008  (frozen)
         model: str | None = None,

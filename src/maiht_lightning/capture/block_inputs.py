@@ -5,7 +5,7 @@ block replaced by the identity, and given to the block when its turn comes. So t
 conventions, and recording costs next to nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class Batch:
         """Return the input of the next block (windows, seqlen, hidden) on the execution device."""
         return self.hidden.to(self.device, non_blocking=True)
 
-    def run(self, block: nn.Module) -> Tensor:
+    def run(self, block: Callable[..., Any]) -> Tensor:
         """Return the output (windows, seqlen, hidden) of the next block; older models wrap it in a tuple."""
         positional, keywords = self.arguments[self.index]
         output = block(self.input(), *positional, **keywords)
@@ -84,13 +84,25 @@ class BlockInputs:
         # If the passed block is a copy, this frees its memory.
         self._passed = None
 
+    def twin(self, store: HiddenStateStore) -> "BlockInputs":
+        """The same inputs once more, which go their own way through the blocks from here on."""
+        self.settle()
+        return BlockInputs(
+            [Batch(store.put(batch.input()), batch.arguments, batch.device, batch.index) for batch in self.batches]
+        )
+
     @torch.no_grad()
     def pass_through(self, block: nn.Module) -> None:
         """Pass the next block, lazily: `block` must stay as it is until the batches have been iterated over."""
+        self.settle()
+        self._passed = block
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring all batches through the block that was passed last, so that it may change or go."""
         if self._passed is not None:
             for _ in self:
                 pass
-        self._passed = block
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from ..solvers.precision import float32_products
 from .block_inputs import BlockInputs
 
 # TF32 holds values of these formats exactly: products of such inputs are as good with it as in float32, and far faster.
-_WITHIN_TF32 = (torch.bfloat16, torch.float16)
+WITHIN_TF32 = (torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -25,10 +25,12 @@ class InputGroup:
     Args:
         names: Their names in the block.
         gram: G = XᵀX (in, in), float64, summed over all tokens seen.
+        drift: Xᵀ(X_d − X) (in, in), float64, where X_d are the dense model's inputs; None where they are not known.
     """
 
     names: list[str]
     gram: Tensor
+    drift: Tensor | None = None
 
 
 @torch.no_grad()
@@ -155,7 +157,7 @@ class _Collector:
             return
         gram = self.group_of[name].gram
         # The training run may have set another precision for its own products, and autocast.
-        tf32 = self.tf32 or inputs.dtype in _WITHIN_TF32
+        tf32 = self.tf32 or inputs.dtype in WITHIN_TF32
         with torch.autocast(gram.device.type, enabled=False), float32_products(tf32=tf32):
             add_gram(gram, inputs.reshape(-1, inputs.shape[-1]).float(), self.buffer)
         if not self.first_batch and name == self.groups[-1].names[0]:

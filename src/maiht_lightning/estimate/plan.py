@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..capture.grams import slice_rows
-from ..solvers import MAIHTConfig, PruningSpec
+from ..solvers import MAIHTConfig, PruningSpec, splitting
+from ..solvers.config import HELD_OUT
 from ..solvers.slices import solver_bytes
 from ..validation import check_at_least
 from .devices import GIB, Device, find_device
@@ -89,7 +90,7 @@ class Phase:
     """A part of a run.
 
     Args:
-        name: `finetune`, `capture`, `solve` or `evaluate`.
+        name: `finetune`, `capture`, `solve`, `reconstruct` or `evaluate`.
         flops: Operations in matrix products.
         seconds: Wall-clock time.
         device_bytes: Most memory of the computing device that is in use.
@@ -145,7 +146,7 @@ def estimate(shape: ModelShape, job: Job, device: Device) -> Estimate:
     Raises:
         ValueError: The solver's `memory_budget` is too small.
     """
-    phases = [*_finetune(shape, job, device), _capture(shape, job, device), _solve(shape, job, device)]
+    phases = [*_finetune(shape, job, device), *_prune(shape, job, device)]
     if job.eval_windows:
         phases.append(_evaluate(shape, job, device))
     weights = float(shape.parameters * job.itemsize)
@@ -175,7 +176,7 @@ def predict_pruning(
         offload: As for `MAIHTPruning`.
 
     Returns:
-        By phase of the pruning, `capture` and `solve`, its `seconds`, `flops` and `device_bytes`; empty for models that
+        By phase of the pruning, `capture`, `solve` and, where there is one, `reconstruct`, its `seconds`, `flops` and `device_bytes`; empty for models that
         cannot be estimated.
     """
     try:
@@ -197,7 +198,7 @@ def predict_pruning(
     device = find_device("local", shape.hidden, max(shape.grams))
     return {
         phase.name: {"seconds": phase.seconds, "flops": phase.flops, "device_bytes": phase.device_bytes}
-        for phase in (_capture(shape, job, device), _solve(shape, job, device))
+        for phase in _prune(shape, job, device)
     }
 
 
@@ -251,25 +252,60 @@ def _finetune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
     yield Phase("finetune", flops, seconds, memory)
 
 
+def _prune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
+    yield _capture(shape, job, device)
+    yield _solve(shape, job, device)
+    if job.config.reconstruction_epochs:
+        yield _reconstruct(shape, job, device)
+
+
+def _streams(job: Job) -> int:
+    """Count the streams of hidden states: the pruned model's and, where it is needed, the dense one's."""
+    return 2 if job.config.has_dense_stream else 1
+
+
+def _passes(shape: ModelShape, job: Job, tokens: float) -> float:
+    """Count the operations of all forward passes of one block's capture."""
+    whole = _forward_flops(shape, job, tokens)
+    if not job.config.sublayers:
+        # The dense block runs up to the input of its last layer; then the pruned one, and the dense one beside it.
+        return (1 + _streams(job)) * whole - 2.0 * tokens * shape.layers[-1].weights
+    # For every group a pass up to its input, and one of the whole block in the end.
+    passed, total = 0, whole
+    for number, group in enumerate(shape.groups):
+        attention = job.seqlen * shape.attention_width if number else 0
+        total += tokens * (2.0 * passed + attention)
+        passed += sum(layer.weights for layer in group)
+    return _streams(job) * total
+
+
 def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     tokens, size = job.samples * job.seqlen, job.itemsize
     torch_device = torch.device("cpu" if device.is_host else "cuda")
-    # Each block runs twice: as the dense block up to the input of its last layer, and when it is pruned.
-    forward = shape.blocks * (2 * _forward_flops(shape, job, tokens) - 2.0 * tokens * shape.layers[-1].weights)
+    forward = shape.blocks * _passes(shape, job, tokens)
     grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
+    if job.config.dense_targets:
+        # The products of two different inputs have no symmetry to be saved.
+        grams += shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams)
     batches = ceil(job.samples / job.batch_size)
     # Per batch, half of a product (in, in) is written and read in float32 and added to the sum in float64. The inputs
     # (tokens, in) are turned to float32.
     moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams) + tokens * sum(shape.grams) * (size + 4)
     gram_rate = device.flops_tf32 if size == 2 or job.config.precision == "tf32" else device.flops_fp32
     seconds = forward / _rate(job, device) + grams / gram_rate + shape.blocks * moved / device.bandwidth
-    seconds += shape.blocks * 2 * tokens * shape.block_counts(size).forward / device.bandwidth_uncached
+    runs = forward / shape.blocks / _forward_flops(shape, job, tokens)
+    seconds += shape.blocks * runs * tokens * shape.block_counts(size).forward / device.bandwidth_uncached
     if job.offload != "none":
         seconds += shape.blocks * _block_bytes(shape, job) / device.host_link
     widest = max(shape.grams)
-    sums = sum(8.0 * n * n for n in shape.grams) + 4.0 * slice_rows(widest, torch_device) * widest
+    if job.config.sublayers:
+        # One group's sums exist at a time, and the dense copy of the block.
+        sums = (16.0 if job.config.dense_targets else 8.0) * widest**2 + _block_bytes(shape, job)
+    else:
+        sums = sum(8.0 * n * n for n in shape.grams)
+    sums += 4.0 * slice_rows(widest, torch_device) * widest
     working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest)
-    memory = device.baseline_bytes + _resident(shape, job) + sums + _hidden(shape, job) + working
+    memory = device.baseline_bytes + _resident(shape, job) + sums + _streams(job) * _hidden(shape, job) + working
     return Phase("capture", forward + grams, seconds, memory)
 
 
@@ -279,6 +315,12 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     if job.method in ("sparsegpt", "admm"):
         # Both factorise and invert the Gram matrix (in, in).
         flops += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
+    if job.spec.method == "maiht" and job.config.candidates == "preconditioned":
+        flops += shape.blocks * sum(2.0 * splitting.levels(job.config.iterations) * n**3 for n in shape.grams)
+    if job.config.dense_targets:
+        # A factorisation for each input, a product and two triangular solutions for each layer.
+        flops += shape.blocks * sum(n**3 / 3 for n in shape.grams)
+        flops += shape.blocks * sum(4.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
     if job.method == "sparsegpt":
         # SparseGPT also updates the columns in later blocks of columns. `count_solver` does not see it, as its small
         # layers have one block.
@@ -288,11 +330,32 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     seconds = flops / rates[job.config.precision] + moved / device.bandwidth
     config = job.config
     state = max(solver_bytes((la.outputs, la.inputs), config.dtype, config.memory_budget) for la in shape.layers)
-    # A block's Gram matrices (in, in), and the one at work once more, scaled.
-    grams = config.dtype.itemsize * (sum(n * n for n in shape.grams) + max(shape.grams) ** 2)
+    # A block's Gram matrices (in, in), and the one at work once more, scaled; or one group's, with what is made of it.
+    widest = max(shape.grams)
+    grams = config.dtype.itemsize * (sum(n * n for n in shape.grams) + widest**2)
+    if config.sublayers:
+        grams = config.dtype.itemsize * (4 if config.dense_targets else 2) * widest**2 + _block_bytes(shape, job)
+    if job.method == "maiht" and config.candidates == "preconditioned":
+        grams += config.dtype.itemsize * (2 + splitting.levels(config.iterations)) * widest**2
     results = job.itemsize * sum(layer.weights for layer in shape.layers) if job.offload == "none" else 0
-    memory = device.baseline_bytes + _resident(shape, job) + grams + state + results + _hidden(shape, job)
-    return Phase("solve", flops, seconds, memory)
+    memory = device.baseline_bytes + _resident(shape, job) + grams + state + results
+    return Phase("solve", flops, seconds, memory + _streams(job) * _hidden(shape, job))
+
+
+def _reconstruct(shape: ModelShape, job: Job, device: Device) -> Phase:
+    tokens, size, epochs = job.samples * job.seqlen, job.itemsize, job.config.reconstruction_epochs
+    held_out = 1 / HELD_OUT
+    # Forward and backward passes of what is trained with, forward passes of what is held out, the first one before.
+    passes = epochs * 3 * (1 - held_out) + (epochs + 1) * held_out
+    flops = shape.blocks * passes * _forward_flops(shape, job, tokens)
+    block, weights = shape.block_counts(size), sum(layer.weights for layer in shape.layers)
+    steps = epochs * ceil(job.samples / job.batch_size)
+    # In float32: weight, mask, best weight, gradient, two moments. A step reads and writes the most of them.
+    moved = tokens * epochs * block.training + steps * weights * 4.0 * 12
+    seconds = flops / _rate(job, device) + shape.blocks * moved / device.bandwidth_uncached
+    working = job.batch_size * job.seqlen * block.saved + weights * (4.0 * 6 + 2 * size)
+    memory = device.baseline_bytes + _resident(shape, job) + 2 * _hidden(shape, job) + working
+    return Phase("reconstruct", flops, seconds, memory + _block_bytes(shape, job))
 
 
 def _evaluate(shape: ModelShape, job: Job, device: Device) -> Phase:

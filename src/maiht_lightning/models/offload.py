@@ -223,6 +223,11 @@ def _same(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index is None or other.index is None or one.index == other.index)
 
 
+def copy_of(block: nn.Module) -> nn.Module:
+    """A block with the values that it has now, on its device, without hooks."""
+    return _plain_copy(block, lambda _module, _name, tensor: tensor.detach().clone())
+
+
 def _plain_copy(module: nn.Module, tensor_of: Callable[[nn.Module, str, Tensor], Tensor]) -> nn.Module:
     """Make a module of the same kind with other tensors, without hooks and without FSDP's sharding."""
     kind = type(module)

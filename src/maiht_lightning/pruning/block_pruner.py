@@ -1,4 +1,8 @@
-"""The loop over the decoder blocks: capture Gram matrices, solve the layers, write them back, pass the block."""
+"""The loop over the decoder blocks: capture Gram matrices, solve the layers, write them back, pass the block.
+
+A block is captured as a whole, or sublayer after sublayer with the layers before each pruned. Beside the pruned model's
+hidden states the dense model's may go along, for layers that are fitted to its outputs, and for reconstruction.
+"""
 
 import time
 from collections.abc import Iterator
@@ -9,12 +13,14 @@ from tqdm import tqdm
 
 from ..capture.block_inputs import BlockInputs
 from ..capture.grams import InputGroup, accumulate_grams
+from ..capture.sublayers import DenseStream, accumulate_group, find_groups
 from ..distributed import RankError, Ranks
 from ..models.blocks import find_linears, weight_of, write_weight
-from ..models.offload import BlockLoader
+from ..models.offload import BlockLoader, copy_of
 from ..records import LayerRecord, PruningReport
 from ..solvers import LayerResult, LayerSolver, PruningSpec
 from .journal import Journal, block_file
+from .reconstruction import reconstruct
 
 
 class PruningError(RuntimeError):
@@ -32,6 +38,7 @@ class BlockPruner:
         journal: Where finished blocks are saved; only the first process has one.
         journal_dir: Its folder, in all processes: models on disk find their pruned weights in its files.
         bar: The progress bar, which counts layers.
+        dense: The same windows, as inputs of the first block of the dense model; None where it is not needed.
 
     Attributes:
         report: Times and records so far.
@@ -46,9 +53,11 @@ class BlockPruner:
         journal: Journal | None,
         journal_dir: Path | None,
         bar: "tqdm[None]",
+        dense: BlockInputs | None = None,
     ) -> None:
         self.loader, self.inputs, self.spec, self.ranks = loader, inputs, spec, ranks
         self.journal, self.journal_dir = journal, journal_dir
+        self.dense = dense
         self.report = PruningReport()
         self._bar = bar
 
@@ -70,14 +79,40 @@ class BlockPruner:
             weights, records = finished
             self._show(index, "from the journal")
             self._bar.update(len(records))
+            if self.dense is not None:
+                self.dense.pass_through(copy_of(block))
             self._put(index, block, weights)
             self.inputs.pass_through(block)
             self.loader.prefetch(index + 1)
             self.report.capture_seconds += time.perf_counter() - start
             self.report.resumed += 1
             return records
+        if self.spec.config.sublayers or self.dense is not None:
+            dense = copy_of(block)
+            try:
+                weights, records = self._prune_beside(dense, block, index)
+                if self.dense is not None:
+                    self.dense.pass_through(dense)
+                if self.spec.config.reconstruction_epochs:
+                    self._reconstruct(block, index, weights, records)
+            except BaseException:
+                _write(block, {name: weight_of(linear) for name, linear in find_linears(dense).items()})
+                raise
+        else:
+            weights, records = self._prune_groups(block, index)
+        if self.journal is not None:
+            self.journal.save(index, weights, records)
+        self._put(index, block, weights)
+        self.inputs.pass_through(block)
+        return records
+
+    def _prune_groups(
+        self, block: nn.Module, index: int, names: list[str] | None = None, dense: DenseStream | None = None
+    ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+        """Capture and solve a block as a whole, or one group of its layers; returns weights (out, in) and records."""
+        start = time.perf_counter()
         self._show(index, "Gram matrices")
-        groups, owners = self._capture(block, index)
+        groups, owners = self._capture(block, index, names, dense)
         # Only now: while the batches went through the block before this one, that block was still in memory, and each
         # Gram matrix was still a sum in float64.
         self.loader.prefetch(index + 1)
@@ -85,11 +120,45 @@ class BlockPruner:
         weights, records = self._solve(block, index, groups, owners)
         self.report.capture_seconds += captured - start
         self.report.solve_seconds += time.perf_counter() - captured
-        if self.journal is not None:
-            self.journal.save(index, weights, records)
-        self._put(index, block, weights)
-        self.inputs.pass_through(block)
-        return records
+        return weights, records
+
+    def _prune_beside(
+        self, dense: nn.Module, block: nn.Module, index: int
+    ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+        """Prune a block with its dense copy at hand; returns weights (out, in), which it has already, and records."""
+        config, stream = self.spec.config, None
+        if self.dense is not None and config.dense_targets:
+            stream = DenseStream(self.dense, dense)
+        weights: dict[str, Tensor] = {}
+        records: list[LayerRecord] = []
+        start = time.perf_counter()
+        for names in find_groups(block, self.inputs) if config.sublayers else [None]:
+            self.report.capture_seconds += time.perf_counter() - start
+            found, more = self._prune_groups(block, index, names, stream)
+            _write(block, found)
+            weights |= found
+            records += more
+            start = time.perf_counter()
+        return weights, records
+
+    def _reconstruct(
+        self, block: nn.Module, index: int, weights: dict[str, Tensor], records: list[LayerRecord]
+    ) -> None:
+        """Train what is left of a block's weights (out, in); the dense stream passes the dense block."""
+        assert self.dense is not None
+        start = time.perf_counter()
+        self._show(index, "reconstruction")
+        self.inputs.settle()
+        # What the dense model has after this block is what the pruned block is to return.
+        self.dense.settle()
+        targets = [batch.hidden for batch in self.dense.batches]
+        errors = reconstruct(block, self.inputs.batches, targets, self.spec.config, seed=index, ranks=self.ranks)
+        linears = find_linears(block)
+        for record in records:
+            weights[record.layer] = weight_of(linears[record.layer]).detach()
+            record.zeros = int((weights[record.layer] == 0).sum())
+            record.block_error = errors
+        self.report.reconstruction_seconds += time.perf_counter() - start
 
     def _put(self, index: int, block: nn.Module, weights: dict[str, Tensor]) -> None:
         """Write the pruned weights (out, in) into the block at work, and where the model keeps them."""
@@ -98,12 +167,22 @@ class BlockPruner:
             file = None if self.journal_dir is None else block_file(self.journal_dir, index)
             self.loader.write_back(index, weights, file)
 
-    def _capture(self, block: nn.Module, index: int) -> tuple[list[InputGroup], list[int]]:
-        """Sum the groups' Gram matrices; returns the groups and the rank that solves each, which has its (in, in)."""
+    def _capture(
+        self, block: nn.Module, index: int, names: list[str] | None, dense: DenseStream | None
+    ) -> tuple[list[InputGroup], list[int]]:
+        """Sum the Gram matrices of all groups, or of one that has these layers, in the block as it is now.
+
+        Returns:
+            The groups, and the rank that solves each, which has its matrices (in, in).
+        """
         config = self.spec.config
+        tf32 = config.precision == "tf32"
         try:
             with self.ranks.errors_shared():
-                groups = accumulate_grams(block, self.inputs, tf32=config.precision == "tf32")
+                if names is None:
+                    groups = accumulate_grams(block, self.inputs, tf32=tf32)
+                else:
+                    groups = [accumulate_group(block, self.inputs, names, dense=dense, tf32=tf32)]
         except (ValueError, RuntimeError) as error:
             path = self._path(index)
             raise PruningError(f"{path} could not be captured: {error}. It and later blocks are unchanged.") from error
@@ -116,6 +195,9 @@ class BlockPruner:
             is_mine = owner == self.ranks.rank
             # The owner turns the sum (in, in) from float64 into the solver's dtype; the other ranks drop theirs.
             group.gram = group.gram.to(config.dtype) if is_mine else group.gram.new_empty(0)
+            if group.drift is not None:
+                self.ranks.reduce(group.drift, owner)
+                group.drift = group.drift.to(config.dtype) if is_mine else None
         return groups, owners
 
     def _solve(
@@ -161,9 +243,9 @@ class BlockPruner:
         concerned = group.names
         self._show(index, ", ".join(concerned))
         try:
-            shared = LayerSolver(group.gram, self.spec)
+            shared = LayerSolver(group.gram, self.spec, group.drift)
             # The solver has its own scaled copy (in, in) of it now.
-            group.gram = group.gram.new_empty(0)
+            group.gram, group.drift = group.gram.new_empty(0), None
             for name in group.names:
                 concerned = [name]
                 result = shared.prune(weight_of(linears[name]))

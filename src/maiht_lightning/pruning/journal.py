@@ -33,15 +33,18 @@ class Journal:
     Args:
         folder: The journal's folder; made if it does not exist.
         settings: JSON-ready description of the pruning; see `fingerprint`.
+        needs_dense: Whether the finished blocks' dense weights are needed to go on, so that the model has to be the
+            dense one.
 
     Attributes:
         moved_to: Where another pruning's journal was moved, or None.
 
     Raises:
-        ValueError: The folder holds other files than a journal's.
+        ValueError: The folder holds other files than a journal's, or the model is a partly pruned one where the dense
+            one is needed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any], *, needs_dense: bool = False) -> None:
         self.folder = Path(folder)
         self.moved_to: Path | None = None
         path = self.folder / "settings.json"
@@ -55,6 +58,11 @@ class Journal:
             while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
                 number += 1
             self.moved_to = self.folder.rename(aside)
+        elif files and needs_dense and self._read(path)["blocks"] != settings["blocks"]:
+            raise ValueError(
+                f"the model is partly pruned already, and to resume {self.folder} the dense one is needed, whose "
+                f"outputs the layers are fitted to: load it again"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             partial = path.with_suffix(".partial")
@@ -69,7 +77,7 @@ class Journal:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             records = json.loads(file.metadata()["records"])
-        return weights, [LayerRecord(**{**record, "shape": tuple(record["shape"])}) for record in records]
+        return weights, [_record(record) for record in records]
 
     def save(self, block: int, weights: dict[str, Tensor], records: list[LayerRecord]) -> None:
         """Save a finished block: its weights (out, in) by name in the block, and its records."""
@@ -112,7 +120,13 @@ def read_records(folder: str | os.PathLike[str]) -> list[LayerRecord]:
     for path in sorted(Path(folder).glob("block_*.safetensors")):
         with safe_open(path, framework="pt") as file:
             records += json.loads(file.metadata()["records"])
-    return [LayerRecord(**{**record, "shape": tuple(record["shape"])}) for record in records]
+    return [_record(record) for record in records]
+
+
+def _record(found: dict[str, Any]) -> LayerRecord:
+    """A layer record from its form in JSON, which has lists for tuples."""
+    tuples = {name: tuple(found[name]) for name in ("shape", "block_error") if found.get(name) is not None}
+    return LayerRecord(**{**found, **tuples})
 
 
 def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:

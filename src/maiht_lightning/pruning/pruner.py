@@ -81,7 +81,8 @@ def prune(
         pattern: `unstructured` (weights compete within a layer), `row` (within an output row), or `N:M` (N kept of
             every M consecutive inputs).
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
-        config: Settings of the solver, or a preset's name; the paper's by default.
+        config: A preset's name, `paper`, `fast`, `balanced` or `best`, or settings one by one. By default `balanced`,
+            and for other methods than `maiht` as they were published.
         journal_dir: Folder for finished blocks; hidden states on disk go beside it. Called again with the same
             arguments after a crash, with the dense model or the partly pruned one, `prune` resumes with the first
             unfinished block.
@@ -157,7 +158,8 @@ def prune_model(
         tqdm(total=layers, desc="Pruning", unit="layer", disable=not (progress and ranks.is_main)) as bar,
     ):
         inputs = _record_inputs(model, batches, loader, store)
-        pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar)
+        dense = inputs.twin(store) if spec.config.has_dense_stream else None
+        pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar, dense)
         pruner.report.capture_seconds = time.perf_counter() - started
         for records in pruner.run():
             if on_block is not None:
@@ -191,7 +193,8 @@ def _open_journal(
     # All processes take part, since shards have to be gathered for the fingerprint.
     fingerprints = fingerprint(model, windows)
     with ranks.errors_shared():
-        journal = Journal(folder, {**spec.identity(), **fingerprints}) if ranks.is_main else None
+        settings, needs_dense = {**spec.identity(), **fingerprints}, spec.config.has_dense_stream
+        journal = Journal(folder, settings, needs_dense=needs_dense) if ranks.is_main else None
     if journal is not None and journal.moved_to is not None:
         log.warning("The journal in %s was of another pruning; moved to %s", journal.folder, journal.moved_to)
     return journal
@@ -206,7 +209,8 @@ def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: Bl
     solver = max(solver_bytes(s, config.dtype, config.memory_budget) + 2 * item * s[1] ** 2 for s in shapes)
     # Three blocks may be on the device: the one at work, the one before it and the one that is read meanwhile.
     working = grams + solver + 3 * loader.block_bytes()
-    return choose_storage(tokens * hidden_bytes(model), loader.device, working)
+    streams = 2 if config.has_dense_stream else 1
+    return choose_storage(streams * tokens * hidden_bytes(model), loader.device, working)
 
 
 def _check_weights(model: nn.Module, blocks: DecoderBlocks, spec: PruningSpec, *, on_disk_allowed: bool) -> None:

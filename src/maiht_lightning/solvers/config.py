@@ -1,20 +1,29 @@
-"""Settings of the solvers."""
+"""Settings of the solvers, and of what is done with their results block by block."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 
 Precision = Literal["float32", "float64", "tf32"]
+Candidates = Literal["gradient", "preconditioned"]
+
+# Of so many calibration batches, reconstruction holds one out, to decide by it when to stop.
+HELD_OUT = 8
 
 
 @dataclass(frozen=True)
 class MAIHTConfig:
-    """Settings of the solvers. The defaults are the mAIHT paper's.
+    """Settings of the solvers, and of a whole model's pruning. The defaults are the mAIHT paper's.
 
-    `precision` and `keep_zeros` serve every method; the other settings are those of `maiht`, `aiht` and `iht`.
+    `precision`, `keep_zeros` and the settings of a whole model, from `sublayers` on, serve every method; the others are
+    those of `maiht`, `aiht` and `iht`. `prune_layer` sees one layer and has no use for those of a whole model.
 
     Args:
+        candidates: How `maiht` finds a support. `gradient`: accelerated gradient steps under a growing penalty, as
+            published. `preconditioned`: steps multiplied by (A + ρI)⁻¹, which end at a lower error, in fewer products
+            with the Gram matrix but with some factorisations of it; then `iterations` counts these steps, and
+            `refine_iterations` the conjugate gradient steps on the support.
         mu: ℓ2 penalty μ added to the unit-diagonal Gram matrix; it pulls the weights towards the dense ones.
         iterations: Thresholding iterations t1.
         refine_iterations: Gradient steps t2 on the support found.
@@ -30,6 +39,15 @@ class MAIHTConfig:
             memory, so that on the CPU a budget saves little.
         keep_zeros: Weights that are 0 already stay 0 and count among the zeros asked for: for pruning in several
             steps. Where there are more of them than asked for, all stay.
+        sublayers: Capture a block's inputs sublayer after sublayer, each with the pruned layers before it in the same
+            block: the output projection sees pruned queries, keys and values, and so on.
+        dense_targets: What a layer's outputs are fitted to: 0, what its dense weights make of the pruned model's
+            inputs; 1, what the dense model has there, so that it makes up for the error of the layers before it;
+            between, a mixture. Above 0 it needs `sublayers`, and a second stream of hidden states, the dense model's.
+            Near 1 it follows noise.
+        reconstruction_epochs: Passes over the calibration windows in which a block's kept weights are trained until its
+            outputs are the dense model's; see `maiht_lightning.pruning.reconstruction`. 0: none.
+        reconstruction_rate: Adam's first step there, as a fraction of the root mean square of a layer's kept weights.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -43,11 +61,20 @@ class MAIHTConfig:
     tolerance: float = 0.0
     memory_budget: int | None = None
     keep_zeros: bool = False
+    candidates: Candidates = "gradient"
+    sublayers: bool = False
+    dense_targets: float = 0.0
+    reconstruction_epochs: int = 0
+    reconstruction_rate: float = 0.01
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < float("inf"):
             raise ValueError(f"mu must be a finite number, at least 0, but found {self.mu!r}")
-        for name in ("iterations", "refine_iterations"):
+        if self.candidates not in get_args(Candidates):
+            raise ValueError(
+                f"candidates must be one of {', '.join(get_args(Candidates))}, but found {self.candidates!r}"
+            )
+        for name in ("iterations", "refine_iterations", "reconstruction_epochs"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number, at least 0, but found {getattr(self, name)!r}")
         if not 0 < self.step_scale < 1:
@@ -59,6 +86,22 @@ class MAIHTConfig:
             raise ValueError(f"tolerance must be a fraction, at least 0 and below 1, but found {self.tolerance!r}")
         if self.memory_budget is not None and (not isinstance(self.memory_budget, int) or self.memory_budget < 1):
             raise ValueError(f"memory_budget must be a number of bytes, at least 1, but found {self.memory_budget!r}")
+        if not 0 <= self.dense_targets <= 1:
+            raise ValueError(f"dense_targets must lie between 0 and 1, but found {self.dense_targets!r}")
+        if self.dense_targets and not self.sublayers:
+            raise ValueError(
+                f"dense_targets = {self.dense_targets} needs sublayers = True: a layer can only make up for the error "
+                f"of pruned layers whose outputs it sees"
+            )
+        if not 0 < self.reconstruction_rate < 1:
+            raise ValueError(
+                f"reconstruction_rate must be a fraction, above 0 and below 1, but found {self.reconstruction_rate!r}"
+            )
+        if self.candidates == "preconditioned" and self.memory_budget is not None:
+            raise ValueError(
+                "memory_budget is for candidates = 'gradient', whose iteration can be done in slices of rows; "
+                "'preconditioned' needs the whole layer: leave the budget out, or take the preset 'paper'"
+            )
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, but found {self.precision!r}")
 
@@ -67,19 +110,53 @@ class MAIHTConfig:
         """The torch dtype of `precision`; float32 for `tf32`."""
         return torch.float64 if self.precision == "float64" else torch.float32
 
+    @property
+    def has_dense_stream(self) -> bool:
+        """Whether the dense model's hidden states are kept beside the pruned model's."""
+        return self.dense_targets > 0 or self.reconstruction_epochs > 0
 
-PRESETS = {"paper": MAIHTConfig()}
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, ready for JSON.
+
+        A memory budget is left out, since it changes nothing but rounding: a run that ran out of memory may resume
+        with a smaller one. Settings that older versions did not have are left out where they are off.
+        """
+        off = {field.name: field.default for field in fields(self)}
+        found = asdict(replace(self, memory_budget=None))
+        return {name: value for name, value in found.items() if name not in _NEWER or value != off[name]}
 
 
-def resolve_config(config: MAIHTConfig | str | None) -> MAIHTConfig:
-    """Return settings as they are, those of a preset by its name, and the paper's for None.
+# Settings that journals of earlier versions do not have.
+_NEWER = {"candidates", "sublayers", "dense_targets", "reconstruction_epochs", "reconstruction_rate"}
+
+PRESETS = {
+    "paper": MAIHTConfig(),
+    "fast": MAIHTConfig(candidates="preconditioned", iterations=24, refine_iterations=12),
+    "balanced": MAIHTConfig(
+        candidates="preconditioned", iterations=50, refine_iterations=25, sublayers=True, dense_targets=0.5
+    ),
+    "best": MAIHTConfig(
+        candidates="preconditioned",
+        iterations=50,
+        refine_iterations=25,
+        sublayers=True,
+        dense_targets=0.5,
+        reconstruction_epochs=4,
+    ),
+}
+
+
+def resolve_config(config: MAIHTConfig | str | None, method: str = "maiht") -> MAIHTConfig:
+    """Return settings as they are, those of a preset by its name, and for None `balanced`.
+
+    Other methods than `maiht` are by default as they were published, without what is done for a whole model.
 
     Raises:
         ValueError: No preset has this name.
         TypeError: It is neither settings nor a name.
     """
     if config is None:
-        return PRESETS["paper"]
+        return PRESETS["balanced" if method == "maiht" else "paper"]
     if isinstance(config, str):
         if config not in PRESETS:
             raise ValueError(f"config must be a preset ({', '.join(PRESETS)}) or a MAIHTConfig, but found {config!r}")

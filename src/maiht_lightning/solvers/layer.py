@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import MAIHTConfig
+from .correction import Correction
 from .methods import METHODS
 from .patterns import DEFAULT_SPARSITY
 from .precision import float32_products
@@ -23,7 +24,8 @@ class LayerResult:
     Args:
         weight: (out, in), dtype and device of the weight given; exactly 0 outside the mask.
         mask: Boolean (out, in), True where a weight is kept.
-        relative_error: ‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖² of `weight`, after rounding to its dtype.
+        relative_error: ‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖² of `weight`, after rounding to its dtype. Where it was fitted to other
+            outputs than X W0ᵀ, W0 is here the dense weight that comes nearest to them.
         objective: f(S) = ½ tr((S − B) A (S − B)ᵀ) after each iteration: `iterations` values while the support
             shrinks, then one as the exact support is taken and one for each refining step; fewer where the
             solver was allowed to stop early. Empty for methods that do not iterate.
@@ -60,7 +62,8 @@ def prune_layer(
         pattern: `unstructured` (weights compete within a layer), `row` (within an output row), or `N:M` (N kept of
             every M consecutive inputs).
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
-        config: Settings of the solver, or a preset's name; the paper's by default.
+        config: A preset's name, `paper`, `fast`, `balanced` or `best`, or settings one by one. By default `balanced`,
+            and for other methods than `maiht` as they were published.
 
     Returns:
         The pruned weight, its mask, error and the objective's course. `weight` and `gram` stay as they are.
@@ -91,6 +94,8 @@ class LayerSolver:
     Args:
         gram: G = XᵀX (in, in), as for `prune_layer`, which prunes one layer.
         spec: How the layers are pruned.
+        drift: Xᵀ(X_d − X) (in, in), floating dtype, with the dense model's inputs X_d: outputs are fitted to
+            (X + c (X_d − X)) W0ᵀ then, with c the config's `dense_targets`.
 
     Raises:
         TypeError, ValueError: As for `prune_layer`, in what concerns the Gram matrix.
@@ -98,7 +103,7 @@ class LayerSolver:
     """
 
     @torch.no_grad()
-    def __init__(self, gram: Tensor, spec: PruningSpec) -> None:
+    def __init__(self, gram: Tensor, spec: PruningSpec, drift: Tensor | None = None) -> None:
         self.spec = spec
         _check_finite("gram", gram)
         if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.numel() == 0:
@@ -108,6 +113,7 @@ class LayerSolver:
         with self._products(gram):
             self.gram = scale_gram(gram, spec.config.dtype)
             self.prepared = METHODS[spec.method].prepare(self.gram, spec.config)
+            self.correction = None if drift is None else Correction.prepare(self.gram, drift, spec.config)
         self._seconds += time.perf_counter()
 
     @torch.no_grad()
@@ -120,7 +126,10 @@ class LayerSolver:
         self._check(weight)
         with self._products(weight):
             method, pattern, config = METHODS[self.spec.method], self.spec.pattern, self.spec.config
-            solution = method.solve(weight, self.gram, self.prepared, pattern, config)
+            dense = weight if self.correction is None else self.correction.apply(weight)
+            if config.keep_zeros and dense is not weight:
+                dense = torch.where(weight == 0, 0, dense)
+            solution = method.solve(dense, self.gram, self.prepared, pattern, config)
             pruned = solution.weight.to(weight.dtype)
             if not all(extreme.isfinite() for extreme in pruned.aminmax()):
                 raise FloatingPointError(
@@ -128,7 +137,7 @@ class LayerSolver:
                     f"'float64' or look at the layer's inputs"
                 )
             with float32_products(tf32=False):
-                error = relative_error(weight, pruned, self.gram)
+                error = relative_error(dense, pruned, self.gram)
         seconds, self._seconds = self._seconds + time.perf_counter() - start, 0.0
         return LayerResult(pruned, solution.mask, error, solution.objective, solution.accelerated, seconds)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import admm, magnitude, maiht, sparsegpt, wanda
+from . import admm, magnitude, maiht, sparsegpt, splitting, wanda
 from .config import MAIHTConfig
 from .patterns import Pattern
 from .problem import ScaledGram
@@ -29,8 +29,17 @@ def _nothing(gram: ScaledGram, config: MAIHTConfig) -> None:
     """Stand in for the first part of methods that prepare nothing."""
 
 
+def _prepare_maiht(gram: ScaledGram, config: MAIHTConfig) -> Any:
+    return (splitting.prepare if config.candidates == "preconditioned" else maiht.step_size)(gram, config)
+
+
+def _solve_maiht(weight: Tensor, gram: ScaledGram, prepared: Any, pattern: Pattern, config: MAIHTConfig) -> Solution:
+    solve = splitting.solve if config.candidates == "preconditioned" else maiht.solve
+    return solve(weight, gram, prepared, pattern, config)
+
+
 METHODS: dict[str, Method] = {
-    "maiht": Method(maiht.step_size, maiht.solve),
+    "maiht": Method(_prepare_maiht, _solve_maiht),
     "aiht": Method(maiht.step_size, partial(maiht.solve, plain=False)),
     "iht": Method(maiht.step_size, partial(maiht.solve, accelerated=False)),
     "wanda": Method(_nothing, wanda.solve),

@@ -1,6 +1,6 @@
 """`PruningSpec`: how layers are pruned, as one value."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,10 @@ class PruningSpec:
         Raises:
             ValueError, TypeError: A setting is out of range or unknown; the message names it.
         """
-        return cls(check_method(method), parse_pattern(pattern, sparsity), resolve_config(config))
+        config = resolve_config(config, check_method(method))
+        if config.candidates == "preconditioned" and method in ("aiht", "iht"):
+            raise ValueError(f"candidates = 'preconditioned' is for method 'maiht', but found method {method!r}")
+        return cls(method, parse_pattern(pattern, sparsity), config)
 
     @property
     def sparsity(self) -> float:
@@ -66,14 +69,10 @@ class PruningSpec:
         return replace(self, config=replace(self.config, keep_zeros=True))
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, ready for JSON: two prunings of one model with equal identities are the same.
-
-        A memory budget is left out, since it changes nothing but rounding: a run that ran out of memory may resume
-        with a smaller one.
-        """
+        """What decides the result, ready for JSON: two prunings of one model with equal identities are the same."""
         return {
             "method": self.method,
             "pattern": self.pattern.name,
             "sparsity": self.sparsity,
-            "config": asdict(replace(self.config, memory_budget=None)),
+            "config": self.config.identity(),
         }

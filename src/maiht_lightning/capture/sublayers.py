@@ -1,0 +1,126 @@
+"""Gram matrices of one sublayer of a block after another, beside the dense model's.
+
+Where the layers before it in the same block are pruned already, a layer sees what it will see in the pruned model. A
+second, dense stream of hidden states tells what it would have seen in the dense one, so that its weights can be fitted
+to outputs that make up for part of the error so far.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..models.blocks import find_linears, weight_of
+from ..solvers.precision import float32_products
+from .block_inputs import Batch, BlockInputs
+from .grams import WITHIN_TF32, InputGroup, accumulate_grams, add_gram, mirror_, slice_rows
+
+
+@dataclass
+class DenseStream:
+    """The dense model's hidden states, on their way beside the pruned model's.
+
+    Args:
+        inputs: The dense inputs of the next block, batch for batch those of the pruned model.
+        block: The dense block, once it is known.
+    """
+
+    inputs: BlockInputs
+    block: nn.Module
+
+
+@torch.no_grad()
+def find_groups(block: nn.Module, inputs: BlockInputs) -> list[list[str]]:
+    """Find which linear layers of a block share an input; returns their names in the order in which they run.
+
+    Raises:
+        ValueError: As `accumulate_grams` does.
+    """
+    inputs.settle()
+    return [group.names for group in accumulate_grams(block, BlockInputs(inputs.batches[:1]))]
+
+
+@torch.no_grad()
+def accumulate_group(
+    block: nn.Module, inputs: BlockInputs, names: list[str], *, dense: DenseStream | None = None, tf32: bool = False
+) -> InputGroup:
+    """Run all batches through a block up to the input X of one group of layers, and sum XᵀX.
+
+    Args:
+        block: The block in eval mode, with the layers before the group pruned.
+        inputs: Its inputs, hidden states (windows, seqlen, hidden) per batch; they stay inputs of this block.
+        names: The group's layers; the first one to run stands first.
+        dense: The dense model's block and its inputs X_d; then Xᵀ(X_d − X) is summed as well, in the group's `drift`.
+        tf32: Round float32 inputs to TF32 in the products, on CUDA devices that have it.
+
+    Raises:
+        ValueError: The inputs are not finite.
+    """
+    size = weight_of(find_linears(block)[names[0]]).shape[1]
+    group: InputGroup | None = None
+    others = [None] * len(inputs.batches) if dense is None else dense.inputs
+    for batch, other in zip(inputs, others, strict=True):
+        seen = _input_of(block, names[0], batch)  # X (tokens, in)
+        if group is None:
+            group = InputGroup(names, torch.zeros(size, size, dtype=torch.float64, device=seen.device))
+            if dense is not None:
+                group.drift = torch.zeros_like(group.gram)
+            buffer = torch.empty(slice_rows(size, seen.device) * size, dtype=torch.float32, device=seen.device)
+        with (
+            torch.autocast(seen.device.type, enabled=False),
+            float32_products(tf32=tf32 or seen.dtype in WITHIN_TF32),
+        ):
+            tokens = seen.float()
+            add_gram(group.gram, tokens, buffer)
+            if dense is not None and group.drift is not None and other is not None:
+                drift = _input_of(dense.block, names[0], other).float() - tokens  # X_d − X (tokens, in)
+                add_product(group.drift, tokens, drift, buffer)
+    assert group is not None
+    mirror_(group.gram)
+    for matrix in (group.gram, group.drift):
+        if matrix is not None and not all(extreme.isfinite() for extreme in matrix.aminmax()):
+            raise ValueError(f"the inputs of {', '.join(names)} are not finite: the model overflows on them")
+    return group
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, buffer: Tensor) -> None:
+    """Add LᵀR to a sum, slice by slice of its rows.
+
+    Args:
+        total: (in, in), float64.
+        left: L (tokens, in), float32.
+        right: R (tokens, in), float32.
+        buffer: At least (`slice_rows` · in,), float32, overwritten.
+    """
+    rows = slice_rows(len(total), total.device)
+    for start in range(0, len(total), rows):
+        part = total[start : start + rows]  # (rows, in)
+        part += torch.mm(left[:, start : start + rows].T, right, out=buffer[: part.numel()].view(part.shape))
+
+
+class _Seen(Exception):
+    """Ends a pass through a block at the input that was asked for."""
+
+
+def _input_of(block: nn.Module, name: str, batch: Batch) -> Tensor:
+    """The input (tokens, in) of a layer of a block on a batch; what comes after it does not run."""
+    with _stopping_at(find_linears(block)[name]) as seen, suppress(_Seen):
+        batch.run(block)
+    return seen[0].reshape(-1, seen[0].shape[-1])
+
+
+@contextmanager
+def _stopping_at(linear: nn.Module) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+
+    def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen.append(arguments[0])
+        raise _Seen
+
+    handle = linear.register_forward_pre_hook(stop)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,128 @@
+"""Block reconstruction: training a pruned block so that it returns what the dense model's block does.
+
+Background: the weights that are kept are trained block by block, masks fixed, towards the outputs of the dense model,
+after Guo et al., *EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs* (arXiv 2402.12419). Here the loss is
+relative token by token, since the plain squared error of a few tokens with massive activations would outweigh all
+others, and held-out windows decide when to stop.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import cos, pi
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..capture.block_inputs import Batch
+from ..distributed import Ranks
+from ..models.blocks import find_linears
+from ..solvers import MAIHTConfig
+from ..solvers.config import HELD_OUT
+
+
+def reconstruct(
+    block: nn.Module,
+    inputs: Sequence[Batch],
+    targets: Sequence[Tensor],
+    config: MAIHTConfig,
+    *,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+) -> tuple[float, float]:
+    """Train the weights of a block's linear layers that are not zero, in place; the zeros stay.
+
+    Adam in float32 with a cosine rate, one batch a step. Nothing changes where the error on the held-out batches does
+    not fall.
+
+    Args:
+        block: The pruned block in eval mode. Its weights may be in any floating dtype.
+        inputs: Its inputs, hidden states (windows, seqlen, hidden) per batch.
+        targets: For each batch the dense model's hidden states (windows, seqlen, hidden) after this block.
+        config: `reconstruction_epochs` passes, with steps of `reconstruction_rate` times a layer's root mean square.
+        seed: Decides the order of the batches.
+        ranks: The processes that share the batches; all end with the same weights.
+
+    Returns:
+        The mean relative error per token, ‖y − t‖² / ‖t‖², on the held-out batches, before and after.
+    """
+    ranks = ranks or Ranks()
+    pairs = list(zip(inputs, targets, strict=True))
+    training, held_out = (pairs, pairs) if len(pairs) < 4 else split(pairs)
+    # A step takes one batch from every process, so that all do as many steps.
+    steps = min(ranks.all_gather_object(len(training)))
+    with _differentiable():
+        names = [f"{name}.weight" for name in find_linears(block)]
+        weights = {name: block.get_parameter(name).detach().float().clone().requires_grad_() for name in names}
+        masks = {name: (weight != 0).float() for name, weight in weights.items()}
+        dtype = block.get_parameter(names[0]).dtype
+
+        def error(pair: tuple[Batch, Tensor]) -> Tensor:
+            batch, target = pair
+            masked = {name: (weight * masks[name]).to(dtype) for name, weight in weights.items()}
+            output = batch.run(lambda *args, **kwargs: functional_call(block, masked, args, kwargs))
+            return relative_error_per_token(output, target.to(output.device)).mean()
+
+        def held_out_error() -> float:
+            with torch.no_grad():
+                total = torch.stack([error(pair).double() for pair in held_out]).sum()
+            both = torch.stack([total, torch.full_like(total, len(held_out))])
+            ranks.all_reduce(both)
+            return float(both[0] / both[1])
+
+        start = best = held_out_error()
+        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        rates = [config.reconstruction_rate * _root_mean_square(weight) for weight in weights.values()]
+        optimizer = torch.optim.Adam(
+            [{"params": [weight], "lr": rate} for weight, rate in zip(weights.values(), rates, strict=True)],
+            betas=(0.9, 0.95),
+        )
+        order = torch.Generator().manual_seed(seed)
+        total_steps = config.reconstruction_epochs * steps
+        for epoch in range(config.reconstruction_epochs):
+            chosen = torch.randperm(len(training), generator=order)[:steps].tolist()
+            for step, index in enumerate(chosen, epoch * steps):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 + cos(pi * step / total_steps)) / 2
+                # Not `backward`, which would leave gradients in the block's other parameters.
+                gradients = torch.autograd.grad(error(training[index]), list(weights.values()))
+                for weight, gradient in zip(weights.values(), gradients, strict=True):
+                    ranks.all_reduce(gradient)
+                    weight.grad = gradient.div_(ranks.size)
+                optimizer.step()
+            if (now := held_out_error()) < best:
+                best = now
+                for name, weight in weights.items():
+                    kept[name].copy_(weight.detach())
+        if best < start:
+            with torch.no_grad():
+                for name, weight in kept.items():
+                    block.get_parameter(name).copy_(weight * masks[name])
+    return start, best
+
+
+def split(pairs: list[tuple[Batch, Tensor]]) -> tuple[list[tuple[Batch, Tensor]], list[tuple[Batch, Tensor]]]:
+    """Split batches into those to train with and those held out, every `HELD_OUT`-th and at least one."""
+    chosen = set(range(0, len(pairs), HELD_OUT))
+    return (
+        [pair for index, pair in enumerate(pairs) if index not in chosen],
+        [pair for index, pair in enumerate(pairs) if index in chosen],
+    )
+
+
+def relative_error_per_token(output: Tensor, target: Tensor) -> Tensor:
+    """‖y − t‖² / ‖t‖² for outputs and targets (windows, seqlen, hidden): float32 (windows, seqlen)."""
+    output, target = output.float(), target.float()
+    return (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _root_mean_square(weight: Tensor) -> float:
+    """The root mean square of the weights (out, in) that are not zero; 0 where all are."""
+    return float((weight.detach().square().sum() / weight.count_nonzero().clamp_min(1)).sqrt())
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Gradients, also where the caller has switched them off; float32 where it has autocast on."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

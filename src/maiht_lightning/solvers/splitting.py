@@ -1,0 +1,235 @@
+"""mAIHT with preconditioned candidates: a support from operator splitting, then monitored thresholding on it.
+
+Background: the problem, the plain step and the monitor are those of Wen, Zuo, Pan, ICML 2025 (PMLR 267:66575-66596).
+Splitting the objective from the constraint is ADMM (Boyd et al. 2011); for pruning, with a penalty that grows, ALPS
+(Meng et al., NeurIPS 2024, arXiv 2406.07831) and, with a fixed one, ADMM-Grad (Boža, TMLR 2024).
+
+Where the Gram matrix is ill conditioned, a gradient step moves next to nothing along most directions, and the published
+iteration ends near the support it began with. So the support comes from steps that are preconditioned by (A + ρI)⁻¹,
+
+    Z = H_k(S + U),   U ← U + S − Z,   S = (A + ρI)⁻¹ (A B + ρ (Z − U)),
+
+with H_k keeping as many entries as the pattern asks for, from the first step on, and ρ growing from `FIRST` to `LAST`,
+with one factorisation for each value: small ρ lets the support move, large ρ settles it. What follows never raises f on
+supports of that size. Two candidates compete, as in the paper's Algorithm 1:
+
+    V = H_k(S − α∇f(S))                             the plain candidate, α < 1 / λmax(A): f(V) ≤ f(S)
+    Z = H_k(S − ∇f(S)) and conjugate gradients      the accelerated one: a unit step, and weights that fit its support
+
+and the better one is taken. Conjugate gradients on the last support, every output row at once, do what the paper's
+gradient steps do there, for a fraction of the products.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import MAIHTConfig
+from .patterns import Pattern
+from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weight
+from .solution import Solution
+
+FIRST, LAST = 0.03, 1.0
+# Steps of the splitting at one value of ρ, about; a factorisation costs as much as one or two steps.
+STEPS_PER_LEVEL = 6
+# Monitored iterations, and conjugate gradient steps for the accelerated candidate in each.
+MONITORED = 2
+CANDIDATE_STEPS = 3
+
+
+class Prepared(NamedTuple):
+    """What is computed once per Gram matrix.
+
+    Args:
+        matrix: A = C + μI (in, in).
+        inverses: (A + ρI)⁻¹ (in, in) for each ρ.
+        penalties: The values of ρ.
+        step_size: α, below 1 / λmax(A).
+    """
+
+    matrix: Tensor
+    inverses: list[Tensor]
+    penalties: list[float]
+    step_size: float
+
+
+def levels(steps: int) -> int:
+    """How many values ρ takes in so many steps of the splitting."""
+    return max(1, round(steps / STEPS_PER_LEVEL)) if steps else 0
+
+
+def products(config: MAIHTConfig) -> int:
+    """Count the products of a layer (out, in) with a matrix (in, in), factorisations left out."""
+    # One for A B, one to measure the first point, and one for each gradient of a candidate.
+    return 1 + config.iterations + 1 + MONITORED * (CANDIDATE_STEPS + 2) + config.refine_iterations
+
+
+def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
+    """Factorise A + ρI for every ρ.
+
+    Raises:
+        FloatingPointError: It is not positive definite.
+    """
+    matrix = gram.correlation.clone()
+    matrix.diagonal().add_(config.mu)
+    number = levels(config.iterations)
+    penalties = [FIRST * (LAST / FIRST) ** (level / max(1, number - 1)) for level in range(number)]
+    inverses = []
+    for penalty in penalties:
+        shifted = matrix.clone()
+        shifted.diagonal().add_(penalty)
+        lower, info = torch.linalg.cholesky_ex(shifted)
+        if int(info):
+            raise FloatingPointError(
+                f"mAIHT could not factorise the Gram matrix in {matrix.dtype} (minor {int(info)} of {len(matrix)} is "
+                f"not positive definite, with μ = {config.mu} and ρ = {penalty:.2g}): check that gram is XᵀX, or "
+                f"solve with candidates='gradient', which factorises nothing"
+            )
+        inverses.append(torch.cholesky_inverse(lower))
+    largest = largest_eigenvalue(gram.correlation) + config.mu
+    return Prepared(matrix, inverses, penalties, config.step_scale / max(largest, torch.finfo(torch.float32).tiny))
+
+
+class Iterate(NamedTuple):
+    """A sparse point with what one product with A tells about it.
+
+    Args:
+        value: S (out, in).
+        gradient: ∇f(S) = (S − B) A (out, in).
+        loss: f(S), a float64 scalar.
+        mask: Its support, boolean (out, in).
+    """
+
+    value: Tensor
+    gradient: Tensor
+    loss: Tensor
+    mask: Tensor
+
+
+class Splitting:
+    """The iteration for one layer in scaled coordinates.
+
+    Args:
+        target: B (out, in).
+        prepared: From `prepare`.
+        pattern: What to keep.
+        size: |W0| (out, in), which decides among entries that are equal otherwise, such as those of dead features.
+        free: Numbers (out, in), 0 where an entry has to stay 0 and else 1; None where all are free.
+    """
+
+    def __init__(
+        self, target: Tensor, prepared: Prepared, pattern: Pattern, size: Tensor, free: Tensor | None = None
+    ) -> None:
+        self.target, self.pattern, self.size, self.free = target, pattern, size, free
+        self.prepared, self.matrix = prepared, prepared.matrix
+
+    def threshold(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """H_k: the kept entries of a matrix (out, in), which is overwritten, and their mask."""
+        if self.free is not None:
+            value = value.mul_(self.free)
+        mask = self.pattern.mask(value.abs(), self.size)
+        if self.free is not None:
+            mask &= self.free != 0
+        return value.mul_(mask), mask
+
+    def split(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Take so many preconditioned steps from the dense weight; returns the last Z (out, in) and its mask."""
+        inverses, penalties = self.prepared.inverses, self.prepared.penalties
+        current, dual = self.target.clone(), torch.zeros_like(self.target)  # S and U (out, in)
+        pull = self.target @ self.matrix  # B A (out, in)
+        before = penalties[0] if penalties else 1.0
+        for step in range(steps):
+            level = step * len(penalties) // steps
+            if (penalty := penalties[level]) != before:
+                # U is the multiplier divided by ρ: the multiplier stays what it was.
+                dual.mul_(before / penalty)
+                before = penalty
+            proposal = current.add_(dual)  # S + U
+            sparse, _ = self.threshold(proposal.clone())
+            dual = torch.sub(proposal, sparse, out=proposal)
+            current = torch.sub(sparse, dual, out=sparse).mul_(penalty).add_(pull) @ inverses[level]
+        return self.threshold(current.add_(dual))
+
+    def measure(self, value: Tensor, mask: Tensor) -> Iterate:
+        """The gradient and the loss of a sparse point: one product with A."""
+        residual = value - self.target
+        gradient = residual @ self.matrix
+        return Iterate(value, gradient, residual.mul_(gradient).sum(dtype=torch.float64) / 2, mask)
+
+    def fit(self, point: Iterate, steps: int) -> tuple[Tensor, list[Tensor]]:
+        """Take conjugate gradient steps on a support, for all rows at once; never raises f.
+
+        Returns:
+            S (out, in), and f(S) after each step.
+        """
+        kept = point.mask.to(point.value.dtype)
+        value, residual = point.value.clone(), point.gradient.mul(kept).neg_()  # −∇f on the support (out, in)
+        direction, square = residual.clone(), _row_products(residual, residual)
+        losses, loss = [], point.loss
+        for _ in range(steps):
+            image = (direction @ self.matrix).mul_(kept)  # (out, in)
+            curvature = _row_products(direction, image)
+            length = torch.where(curvature > 0, square / curvature, 0)  # (out, 1)
+            value.addcmul_(length, direction)
+            residual.addcmul_(length, image, value=-1)
+            loss = loss - (length * square).sum(dtype=torch.float64) / 2
+            losses.append(loss)
+            after = _row_products(residual, residual)
+            direction.mul_(torch.where(square > 0, after / square, 0)).add_(residual)
+            square = after
+        return value, losses
+
+    def monitored(self, point: Iterate) -> tuple[Iterate, bool]:
+        """Do one iteration of two candidates; returns the better one, and whether it is the accelerated one."""
+        plain = self.measure(*self.threshold(torch.sub(point.value, point.gradient, alpha=self.prepared.step_size)))
+        start, mask = self.threshold(point.value - point.gradient)
+        # The long step has left the values on the support as they were, but for their gradient, which is small there.
+        start = torch.where(mask & point.mask, point.value, start)
+        first = self.measure(start, mask)
+        fast = self.measure(self.fit(first, CANDIDATE_STEPS)[0], mask)
+        took_fast = bool(fast.loss <= plain.loss)
+        best = fast if took_fast else plain
+        # Rounding alone could make the plain candidate worse than where it began.
+        return (best, took_fast) if bool(best.loss <= point.loss) else (point, took_fast)
+
+
+def _row_products(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products of the rows of two matrices (out, in): (out, 1)."""
+    return torch.linalg.vecdot(one, other)[:, None]
+
+
+def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern, config: MAIHTConfig) -> Solution:
+    """Prune one layer.
+
+    Args:
+        weight: W0 (out, in).
+        gram: The scaled Gram matrix of the layer's inputs.
+        prepared: From `prepare`.
+        pattern: What to prune and how much.
+        config: `iterations` steps of the splitting, `refine_iterations` conjugate gradient steps, `keep_zeros`.
+
+    Returns:
+        The pruned weight in `gram`'s dtype. Its objective is f(S) of the support that the splitting found, after each
+        monitored iteration, and after each conjugate gradient step: it never rises.
+    """
+    target, exponent = scale_weight(weight, gram.norms)
+    size = weight.abs().to(target.dtype)  # |W0| (out, in)
+    free = (weight != 0).to(target.dtype) if config.keep_zeros else None
+    iteration = Splitting(target, prepared, pattern, size, free)
+    point = iteration.measure(*iteration.split(config.iterations))
+    losses, choices = [point.loss], []
+    for _ in range(MONITORED):
+        point, took_fast = iteration.monitored(point)
+        losses.append(point.loss)
+        choices.append(float(took_fast))
+    sparse, refined = iteration.fit(point, config.refine_iterations)
+    result = unscale_weight(sparse, exponent, gram.norms)
+    # A kept weight of a dead feature cannot change the layer's outputs: it stays what it was in W0 (out, in).
+    result = torch.where(point.mask & (gram.norms == 0), weight.to(result.dtype), result)
+    return Solution(
+        result,
+        point.mask,
+        objective=[loss * 4.0**exponent for loss in torch.stack([*losses, *refined]).tolist()],
+        accelerated=choices,
+    )
