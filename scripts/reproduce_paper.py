@@ -5,15 +5,19 @@ a folder of its own, `OUTPUT_DIR/SETTING-METHOD-SEED`. Started again with the sa
 where it was: finished runs are not repeated, and an unfinished one resumes from its journal. At the end all figures
 stand in `OUTPUT_DIR/results.json`, of which `scripts/render_docs.py` makes the tables in the documentation.
 
+A method may have a preset of its settings after a colon, and settings that differ from it after commas.
+
     python scripts/reproduce_paper.py                             # LLaMA-7B, one 80 GB GPU
     python scripts/reproduce_paper.py --preset smollm2 --tasks    # SmolLM2-135M on a CPU, hours; no tasks
+    python scripts/reproduce_paper.py --preset smollm2 --tasks --methods maiht:fast maiht:fast,sublayers=true
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +36,7 @@ from maiht_lightning.reporting.comparison.runs import Run, read_run
 from maiht_lightning.reporting.environment import environment
 from maiht_lightning.reporting.recorder import RunRecorder
 from maiht_lightning.reporting.summary import Summary
-from maiht_lightning.solvers import check_method, parse_pattern
+from maiht_lightning.solvers import MAIHTConfig, PruningSpec, parse_pattern, resolve_config
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="llama7b")
     parser.add_argument("--model", help="hub name, folder or .gguf file (default: the preset's)")
-    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt", "admm", "maiht"])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["magnitude", "wanda", "sparsegpt", "admm", "maiht:paper", "maiht:balanced", "maiht:best"],
+        help="METHOD[:PRESET[,SETTING=VALUE...]]; without a preset as published",
+    )
+    parser.add_argument("--texts", nargs="+", default=["wikitext2"], help="what perplexity is measured on")
     parser.add_argument("--settings", nargs="+", default=["0.3", "0.5", "0.6", "0.7", "2:4"], help="sparsities and N:M")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--wanda-pattern", default="row", help="Wanda's pattern where others prune unstructured")
@@ -74,13 +84,23 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     try:
         for method in args.methods:
-            check_method(method)
+            settings_of(method)
         for setting in args.settings:
             pattern_of(setting)
         parse_pattern(args.wanda_pattern, 0.5)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def settings_of(entry: str) -> tuple[str, MAIHTConfig]:
+    """Method and settings of an entry such as `admm`, `maiht:best` or `maiht:best,mu=0.03`."""
+    method, _, described = entry.partition(":")
+    preset, *changes = (described or "paper").split(",")
+    changed = dict(change.split("=", 1) for change in changes)
+    values = {name: yaml.safe_load(value) for name, value in changed.items()}
+    config = replace(resolve_config(preset), **values)
+    return method, PruningSpec.parse(method=method, config=config).config
 
 
 def pattern_of(setting: str, method: str = "maiht", wanda_pattern: str = "row") -> tuple[str, float]:
@@ -109,7 +129,7 @@ def main() -> None:
 
     source, seqlen = args.model or preset.model(), chosen("seqlen")
     evaluation = Evaluation(
-        ["wikitext2"], args.tasks, seqlen, chosen("max_windows"), chosen("limit"), batch_size=preset.batch_size
+        args.texts, args.tasks, seqlen, chosen("max_windows"), chosen("limit"), batch_size=preset.batch_size
     )
     # What all runs share; a folder with results of something else is not mixed with these.
     common = {
@@ -125,7 +145,7 @@ def main() -> None:
     shared.write_text(json.dumps(common, indent=2) + "\n")
 
     runs = [(setting, method, seed) for seed in args.seeds for setting in args.settings for method in args.methods]
-    folders = [folder / f"{setting.replace(':', 'of')}-{method}-{seed}" for setting, method, seed in runs]
+    folders = [folder / re.sub(r"[^\w.=-]", "_", "-".join(map(str, run))) for run in runs]
     missing = [number for number, run in enumerate(folders) if not (run / "summary.json").exists()]
     if missing or not (folder / "dense.json").exists():
         note_environment(folder)
@@ -145,11 +165,14 @@ def main() -> None:
         for number in missing:
             setting, method, seed = runs[number]
             console.rule(f"{number + 1} of {len(runs)}: {method}, {setting}, seed {seed}")
-            pattern, sparsity = pattern_of(setting, method, args.wanda_pattern)
-            summary = Summary(method, sparsity, pattern, stages=Stages(dense=dense))
+            name, config = settings_of(method)
+            pattern, sparsity = pattern_of(setting, name, args.wanda_pattern)
+            summary = Summary(name, sparsity, pattern, stages=Stages(dense=dense))
             model.load_state_dict(weights)
-            settings = {**common, "seed": seed}
-            one_run(folders[number], model, tokenizer, windows[seed], measurement, summary, settings, preset.batch_size)
+            settings = {**common, "seed": seed, "config": asdict(config)}
+            # A step of reconstruction is one batch, and more steps are better than larger ones.
+            batch_size = 1 if config.reconstruction_epochs else preset.batch_size
+            one_run(folders[number], model, tokenizer, windows[seed], measurement, summary, settings, batch_size)
 
     finished = [read_run(run) for run in folders]
     results = {**described(folder), "runs": [figures(*which, run) for which, run in zip(runs, finished, strict=True)]}
@@ -187,6 +210,7 @@ def figures(setting: str, method: str, seed: int, run: Run) -> dict[str, Any]:
         "setting": setting,
         "method": method,
         "seed": seed,
+        "seconds": run.summary.seconds,
         "pattern": run.summary.pattern,
         "sparsity": run.summary.sparsity,
         "measured_sparsity": run.summary.measured_sparsity,
@@ -210,7 +234,14 @@ def one_run(
     pruning: dict[str, Any] = {"method": summary.method, "pattern": summary.pattern, "sparsity": summary.sparsity}
     (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "pruning": pruning}))
     recorder = RunRecorder(folder, summary, {**settings, **pruning})
-    report = prune(model, windows, **pruning, batch_size=batch_size, journal_dir=folder / "journal")
+    report = prune(
+        model,
+        windows,
+        **pruning,
+        config=MAIHTConfig(**settings["config"]),
+        batch_size=batch_size,
+        journal_dir=folder / "journal",
+    )
     recorder.pruned(report)
     with recorder.timed("evaluate"):
         found = measurement.measure(model, tokenizer, stage="pruned")

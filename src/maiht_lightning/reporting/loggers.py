@@ -41,6 +41,9 @@ def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step
         "prune/seconds": sum(record.seconds for record in records),
         **{f"prune/relative_error/{record.layer}": record.relative_error for record in records},
     }
+    if records[0].block_error is not None:
+        before, after = records[0].block_error
+        metrics |= {"prune/block_error/before": before, "prune/block_error/after": after}
 
     def write(logger: Logger) -> None:
         # W&B must see its step rise and has `prune/block` for the axis; other loggers have only the step.

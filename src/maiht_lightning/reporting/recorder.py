@@ -110,6 +110,8 @@ class RunRecorder:
         """Note a pruning: its seconds, and of the last one in a run the layers and the counted sparsity."""
         self.summary.add_seconds("capture", report.capture_seconds)
         self.summary.add_seconds("solve", report.solve_seconds)
+        if report.reconstruction_seconds:
+            self.summary.add_seconds("reconstruct", report.reconstruction_seconds)
         if is_last:
             self.summary.measured_sparsity = report.sparsity
         if self.is_main and is_last:
@@ -135,7 +137,11 @@ class RunRecorder:
             # Blocks from the journal took no time here, and a solver that stops early leaves iterations out.
             return {}
         # The summary's seconds are those of all prunings of the run, but the prediction is that of one.
-        seconds = {"capture": report.capture_seconds, "solve": report.solve_seconds}
+        seconds = {
+            "capture": report.capture_seconds,
+            "solve": report.solve_seconds,
+            "reconstruct": report.reconstruction_seconds,
+        }
         return {phase: found["flops"] / seconds[phase] / 1e12 for phase, found in self.summary.predicted.items()}
 
     def _report(self, records: list[LayerRecord]) -> None:

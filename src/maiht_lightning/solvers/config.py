@@ -132,6 +132,7 @@ _NEWER = {"candidates", "sublayers", "dense_targets", "reconstruction_epochs", "
 PRESETS = {
     "paper": MAIHTConfig(),
     "fast": MAIHTConfig(candidates="preconditioned", iterations=24, refine_iterations=12),
+    "accurate": MAIHTConfig(candidates="preconditioned", mu=0.001, iterations=60, refine_iterations=30),
     "balanced": MAIHTConfig(
         candidates="preconditioned", iterations=50, refine_iterations=25, sublayers=True, dense_targets=0.5
     ),

@@ -28,7 +28,9 @@ class LayerResult:
             outputs than X W0ᵀ, W0 is here the dense weight that comes nearest to them.
         objective: f(S) = ½ tr((S − B) A (S − B)ᵀ) after each iteration: `iterations` values while the support
             shrinks, then one as the exact support is taken and one for each refining step; fewer where the
-            solver was allowed to stop early. Empty for methods that do not iterate.
+            solver was allowed to stop early. With preconditioned candidates, of the support that they found, after
+            each monitored iteration from there, and after each conjugate gradient step: it never rises. Empty for
+            methods that do not iterate.
         accelerated: For each iteration, the fraction of independent problems (one per layer; with pattern `row`
             one per row) in which the monitor took the accelerated candidate. Empty without a monitor.
         seconds: Wall-clock time of the solver.

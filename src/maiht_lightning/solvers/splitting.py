@@ -30,7 +30,7 @@ from .patterns import Pattern
 from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weight
 from .solution import Solution
 
-FIRST, LAST = 0.03, 1.0
+FIRST, LAST = 0.05, 1.0
 # Steps of the splitting at one value of ρ, about; a factorisation costs as much as one or two steps.
 STEPS_PER_LEVEL = 6
 # Monitored iterations, and conjugate gradient steps for the accelerated candidate in each.
