@@ -25,7 +25,7 @@ from fetch_smollm2 import fetch
 from maiht_lightning import C4Calibration, prune_layer
 from maiht_lightning.capture.block_inputs import record_inputs
 from maiht_lightning.capture.grams import accumulate_grams
-from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_linears
+from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_linears, weight_of
 from maiht_lightning.models.loading import load_model, load_tokenizer
 from maiht_lightning.reporting.environment import environment
 from maiht_lightning.solvers import Pattern, parse_pattern, resolve_config, splitting
@@ -76,7 +76,7 @@ def capture(wanted: dict[int, list[str]], samples: int) -> dict[str, tuple[Tenso
                 linears = find_linears(block)
                 for group in accumulate_grams(block, inputs):
                     for name in set(group.names) & set(wanted[index]):
-                        found[f"{index}.{name}"] = linears[name].weight.detach().clone(), group.gram.float()
+                        found[f"{index}.{name}"] = weight_of(linears[name]).detach().clone(), group.gram.float()
             inputs.pass_through(block)
     return found
 

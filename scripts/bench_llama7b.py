@@ -63,7 +63,7 @@ def rate_of(phase: str, job: Job, device: Any) -> float:
     """Choose the rate of a phase's products, by the format of most of them."""
     if phase == "capture":
         return device.flops_bf16 if job.itemsize == 2 else device.flops_fp32
-    return device.flops_tf32 if job.config.precision == "tf32" else device.flops_fp32
+    return device.flops_tf32 if job.settings.precision == "tf32" else device.flops_fp32
 
 
 def main() -> None:

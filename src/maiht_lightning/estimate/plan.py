@@ -5,7 +5,7 @@ that it moves, divided by the rate of the device's memory.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
@@ -38,7 +38,7 @@ class Job:
         method: Pruning method.
         pattern: Sparsity pattern.
         sparsity: Fraction of zeros.
-        config: Settings of the solver.
+        config: A preset's name or settings one by one, as for `MAIHTPruning`.
         offload: As for `MAIHTPruning`.
         train_steps: Forward and backward passes; 0 for none.
         train_batch_size: Windows per pass.
@@ -56,7 +56,7 @@ class Job:
     method: str = "maiht"
     pattern: str = "unstructured"
     sparsity: float = 0.5
-    config: MAIHTConfig = field(default_factory=MAIHTConfig)
+    config: MAIHTConfig | str | None = None
     offload: Literal["none", "cpu", "disk"] = "none"
     train_steps: int = 0
     train_batch_size: int = 1
@@ -77,6 +77,11 @@ class Job:
     def spec(self) -> PruningSpec:
         """How the layers are pruned."""
         return PruningSpec.parse(self.sparsity, self.pattern, self.method, self.config)
+
+    @property
+    def settings(self) -> MAIHTConfig:
+        """The settings that `config` stands for."""
+        return self.spec.config
 
     @property
     def itemsize(self) -> int:
@@ -255,19 +260,19 @@ def _finetune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
 def _prune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
     yield _capture(shape, job, device)
     yield _solve(shape, job, device)
-    if job.config.reconstruction_epochs:
+    if job.settings.reconstruction_epochs:
         yield _reconstruct(shape, job, device)
 
 
 def _streams(job: Job) -> int:
     """Count the streams of hidden states: the pruned model's and, where it is needed, the dense one's."""
-    return 2 if job.config.has_dense_stream else 1
+    return 2 if job.settings.has_dense_stream else 1
 
 
 def _passes(shape: ModelShape, job: Job, tokens: float) -> float:
     """Count the operations of all forward passes of one block's capture."""
     whole = _forward_flops(shape, job, tokens)
-    if not job.config.sublayers:
+    if not job.settings.sublayers:
         # The dense block runs up to the input of its last layer; then the pruned one, and the dense one beside it.
         return (1 + _streams(job)) * whole - 2.0 * tokens * shape.layers[-1].weights
     # For every group a pass up to its input, and one of the whole block in the end.
@@ -284,23 +289,23 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     torch_device = torch.device("cpu" if device.is_host else "cuda")
     forward = shape.blocks * _passes(shape, job, tokens)
     grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
-    if job.config.dense_targets:
+    if job.settings.dense_targets:
         # The products of two different inputs have no symmetry to be saved.
         grams += shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams)
     batches = ceil(job.samples / job.batch_size)
     # Per batch, half of a product (in, in) is written and read in float32 and added to the sum in float64. The inputs
     # (tokens, in) are turned to float32.
     moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams) + tokens * sum(shape.grams) * (size + 4)
-    gram_rate = device.flops_tf32 if size == 2 or job.config.precision == "tf32" else device.flops_fp32
+    gram_rate = device.flops_tf32 if size == 2 or job.settings.precision == "tf32" else device.flops_fp32
     seconds = forward / _rate(job, device) + grams / gram_rate + shape.blocks * moved / device.bandwidth
     runs = forward / shape.blocks / _forward_flops(shape, job, tokens)
     seconds += shape.blocks * runs * tokens * shape.block_counts(size).forward / device.bandwidth_uncached
     if job.offload != "none":
         seconds += shape.blocks * _block_bytes(shape, job) / device.host_link
     widest = max(shape.grams)
-    if job.config.sublayers:
+    if job.settings.sublayers:
         # One group's sums exist at a time, and the dense copy of the block.
-        sums = (16.0 if job.config.dense_targets else 8.0) * widest**2 + _block_bytes(shape, job)
+        sums = (16.0 if job.settings.dense_targets else 8.0) * widest**2 + _block_bytes(shape, job)
     else:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
@@ -315,9 +320,9 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     if job.method in ("sparsegpt", "admm"):
         # Both factorise and invert the Gram matrix (in, in).
         flops += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
-    if job.spec.method == "maiht" and job.config.candidates == "preconditioned":
-        flops += shape.blocks * sum(2.0 * splitting.levels(job.config.iterations) * n**3 for n in shape.grams)
-    if job.config.dense_targets:
+    if job.spec.method == "maiht" and job.settings.candidates == "preconditioned":
+        flops += shape.blocks * sum(2.0 * splitting.levels(job.settings.iterations) * n**3 for n in shape.grams)
+    if job.settings.dense_targets:
         # A factorisation for each input, a product and two triangular solutions for each layer.
         flops += shape.blocks * sum(n**3 / 3 for n in shape.grams)
         flops += shape.blocks * sum(4.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
@@ -327,12 +332,12 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
         flops += shape.blocks * sum(1.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
     moved = shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
     rates = {"float32": device.flops_fp32, "tf32": device.flops_tf32, "float64": device.flops_fp32 / 2}
-    seconds = flops / rates[job.config.precision] + moved / device.bandwidth
-    config = job.config
+    seconds = flops / rates[job.settings.precision] + moved / device.bandwidth
+    config = job.settings
     state = max(solver_bytes((la.outputs, la.inputs), config.dtype, config.memory_budget) for la in shape.layers)
     # A block's Gram matrices (in, in), and the one at work once more, scaled; or one group's, with what is made of it.
     widest = max(shape.grams)
-    grams = config.dtype.itemsize * (sum(n * n for n in shape.grams) + widest**2)
+    grams = float(config.dtype.itemsize * (sum(n * n for n in shape.grams) + widest**2))
     if config.sublayers:
         grams = config.dtype.itemsize * (4 if config.dense_targets else 2) * widest**2 + _block_bytes(shape, job)
     if job.method == "maiht" and config.candidates == "preconditioned":
@@ -343,7 +348,7 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
 
 
 def _reconstruct(shape: ModelShape, job: Job, device: Device) -> Phase:
-    tokens, size, epochs = job.samples * job.seqlen, job.itemsize, job.config.reconstruction_epochs
+    tokens, size, epochs = job.samples * job.seqlen, job.itemsize, job.settings.reconstruction_epochs
     held_out = 1 / HELD_OUT
     # Forward and backward passes of what is trained with, forward passes of what is held out, the first one before.
     passes = epochs * 3 * (1 - held_out) + (epochs + 1) * held_out
