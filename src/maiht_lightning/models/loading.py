@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .blocks import find_blocks
-from .compact import INDEX, load_compact
+from .compact import load_compact
+from .compact_index import INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ def load_model(
         ValueError: The blocks of such a file cannot be left on disk.
         FileNotFoundError: A local path does not exist.
         OSError: The hub does not know the name or cannot be reached.
+        CompactFileError: A compact folder is damaged; see `load_compact`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
