@@ -287,7 +287,8 @@ def test_killed_while_pruning_and_resumed(options, tmp_path):
     process.wait()
     assert first.exists()
     stamp = first.stat().st_mtime_ns
-    subprocess.run([*command, "--output_dir", "broken"], check=True, env=environment, capture_output=True)
+    resume = [*command, "--output_dir", "broken", "--pruning.keep_journal", "true"]
+    subprocess.run(resume, check=True, env=environment, capture_output=True)
     assert first.stat().st_mtime_ns == stamp  # not solved again
     whole, resumed = (load_model(str(tmp_path / name / "model")) for name in ("whole", "broken"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
