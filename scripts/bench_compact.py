@@ -9,6 +9,11 @@ and leaves the reading to whoever uses the weights first, so that a second ratio
 once.
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import json
 import tempfile

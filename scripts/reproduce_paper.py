@@ -9,6 +9,11 @@ stand in `OUTPUT_DIR/results.json`, of which `scripts/render_docs.py` makes the 
     python scripts/reproduce_paper.py --preset smollm2 --tasks    # SmolLM2-135M on a CPU, hours; no tasks
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import json
 import sys
