@@ -6,6 +6,11 @@ A step is forward and backward pass, clipping and AdamW on random tokens; the ma
 magnitude. Gradients and weights are masked once each, as `FrozenSparsity` and `freeze` do.
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import json
 import time

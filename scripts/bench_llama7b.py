@@ -8,6 +8,11 @@ For each phase: seconds, matrix products per second as a fraction of what this m
 format, and peak memory. Beside it stands what `maiht estimate` predicts for this machine and for others.
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import json
 import time

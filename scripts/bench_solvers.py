@@ -9,9 +9,13 @@ has them, else the Python documentation; `--llama7b` adds LLaMA-7B's shapes with
     python scripts/bench_solvers.py --at-least 1.5  # an exit code of 1 if mAIHT is slower, beside the naive one
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial

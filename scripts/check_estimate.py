@@ -8,6 +8,11 @@ memory a phase took.
     python scripts/check_estimate.py --blocks 30 --json check.json
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import gc
 import json

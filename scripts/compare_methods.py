@@ -5,6 +5,11 @@ Real text: C4 for calibration, WikiText-2 test for perplexity, from `MAIHT_DATA_
     python scripts/compare_methods.py --methods maiht wanda wanda:row magnitude --sparsity 0.5
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import json
 from pathlib import Path

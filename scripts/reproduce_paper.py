@@ -12,6 +12,11 @@ A method may have a preset of its settings after a colon, and settings that diff
     python scripts/reproduce_paper.py --preset smollm2 --tasks --methods maiht:fast maiht:fast,sublayers=true
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import json
 import re

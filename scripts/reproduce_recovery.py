@@ -7,6 +7,11 @@ is not repeated. At the end all figures stand in `OUTPUT_DIR/results.json`, of w
 table in the documentation.
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import json
 import shlex

@@ -11,4 +11,6 @@ if [ "${LINT:-yes}" = yes ]; then
 fi
 # One process per core, and one thread in each: the tests' layers are too small to be shared out to threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# OpenMP's threads wait for each other by spinning: beside other work, that takes longer than the work does.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 exec .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal "$@"

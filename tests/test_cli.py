@@ -287,7 +287,8 @@ def test_killed_while_pruning_and_resumed(options, tmp_path):
     process.wait()
     assert first.exists()
     stamp = first.stat().st_mtime_ns
-    subprocess.run([*command, "--output_dir", "broken"], check=True, env=environment, capture_output=True)
+    resume = [*command, "--output_dir", "broken", "--pruning.keep_journal", "true"]
+    subprocess.run(resume, check=True, env=environment, capture_output=True)
     assert first.stat().st_mtime_ns == stamp  # not solved again
     whole, resumed = (load_model(str(tmp_path / name / "model")) for name in ("whole", "broken"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
@@ -339,3 +340,36 @@ def test_an_error_of_the_users_is_one_line_and_exit_status_2(tmp_path):
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("77", "77")])
+def test_threads_of_the_command_spin_moderately_unless_the_user_decides(given, expected):
+    """libgomp tells what it has read when torch loads it."""
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": os.path.join(ROOT, "src")}
+    environment |= {} if given is None else {"GOMP_SPINCOUNT": given}
+    done = subprocess.run(
+        [sys.executable, "-c", "import maiht_lightning.cli, torch"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if not told:
+        pytest.skip("this torch has another OpenMP than GNU's")
+    assert set(told) == {expected}
+
+
+def test_scripts_set_the_spinning_before_torch_is_loaded():
+    folder, seen = os.path.join(ROOT, "scripts"), 0
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith((".py", ".sh")):
+            continue
+        with open(os.path.join(folder, name)) as file:
+            text = file.read()
+        uses = re.search(
+            r"^(import torch|from (torch|maiht_lightning|transformers)\b)|^exec \.venv", text, re.MULTILINE
+        )
+        if uses:
+            seen += 1
+            assert 0 < text.find("GOMP_SPINCOUNT") < uses.start(), name
+    assert seen >= 10

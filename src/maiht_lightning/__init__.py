@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOME = {
     "C4Calibration": "data.c4",
     "CausalLMModule": "training.module",
+    "CompactFileError": "models.compact_index",
     "Distillation": "callbacks.distillation",
     "Evaluation": "evaluation.evaluation",
     "FrozenSparsity": "callbacks.frozen",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .evaluation.perplexity import Perplexity as Perplexity
     from .models.compact import load_compact as load_compact
     from .models.compact import save_compact as save_compact
+    from .models.compact_index import CompactFileError as CompactFileError
     from .models.loading import load_model as load_model
     from .models.loading import load_tokenizer as load_tokenizer
     from .models.sparsity import count_zeros as count_zeros

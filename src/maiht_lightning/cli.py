@@ -5,6 +5,11 @@ Commands: `fit` (train, then prune), `prune` (no training), `validate` and `test
 """
 
 import os
+
+# Before torch is loaded, and inherited by processes that are started: OpenMP's threads wait at barriers by spinning,
+# beside other work for whole time slices, so that a small layer takes many times as long. Whoever sets this decides.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import sys
 import warnings
 from pathlib import Path

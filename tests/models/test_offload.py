@@ -337,6 +337,9 @@ def test_maiht_prune_from_disk(tiny_folder, tmp_path, monkeypatch):
     main(["prune", *options, "--output_dir", "disk", "--pruning.offload", "disk", "--pruning.hidden_states", "disk"])
     memory, disk = (weights_of(tmp_path / name / "model") for name in ("memory", "disk"))
     assert all(torch.equal(weight, disk[name]) for name, weight in memory.items())
+    # The model on disk is read from its journal until the end.
+    assert not list((tmp_path / "memory" / "journal").glob("*.safetensors"))
+    assert list((tmp_path / "disk" / "journal").glob("*.safetensors"))
     stages = [json.loads((tmp_path / name / "summary.json").read_text())["stages"] for name in ("memory", "disk")]
     for stage in ("dense", "pruned"):
         one, other = (found[stage]["perplexity"]["python_docs"] for found in stages)

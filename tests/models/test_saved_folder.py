@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.byte_model import byte_tokenizer, llama_config, same_weights, save_folder
 from helpers.own_module import OwnModule, Windows, trainer
-from maiht_lightning import MAIHTConfig, MAIHTPruning, load_compact
+from maiht_lightning import MAIHTConfig, MAIHTPruning, count_zeros, load_compact
 from maiht_lightning.evaluation.evaluation import Evaluation
 from maiht_lightning.models.loading import load_tokenizer
+from maiht_lightning.pruning.journal import read_records
 
 TEXT = "def f(x): return é"
 
@@ -66,6 +67,32 @@ def test_the_folder_holds_the_model_its_tokenizer_and_its_ties(run, name):
     written = [m.generate(**prompt, max_new_tokens=9, do_sample=False, pad_token_id=0) for m in (model, expected)]
     assert written[0].shape == (1, len(TEXT.encode()) + 9)
     assert torch.equal(*written)
+
+
+def test_the_journal_is_left_with_its_records_alone(run):
+    path, pruned, _, _ = run
+    assert {file.name for file in (path / "journal").iterdir()} == {"settings.json", "records.json"}
+    counted = {count.name: count.zeros for count in count_zeros(pruned)}
+    assert {record.name: record.zeros for record in read_records(path / "journal")} == counted
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_journals_of_all_steps_are_left_as_asked(keep, tmp_path, monkeypatch):
+    monkeypatch.setattr("maiht_lightning.reporting.recorder.draw_figures", lambda *_: {})
+    module = OwnModule(AutoModelForCausalLM.from_pretrained(save_folder(tmp_path / "dense")).train())
+    module.tokenizer = byte_tokenizer()
+    pruning = MAIHTPruning(
+        calibration=Windows(),
+        evaluation=Evaluation(perplexity=[]),
+        method="magnitude",
+        prune_at={"step:1": 0.25, "end": 0.5},
+        keep_journal=keep,
+        output_dir=str(tmp_path),
+    )
+    trainer(pruning).fit(module)
+    for name in ("journal", "journal_step_1"):
+        assert len(list((tmp_path / name).glob("block_*.safetensors"))) == (2 if keep else 0)
+        assert len(read_records(tmp_path / name)) == 14
 
 
 def test_pruned_and_dense_models_write_different_texts(run):

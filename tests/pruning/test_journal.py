@@ -11,11 +11,10 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from maiht_lightning.models.blocks import find_blocks, find_linears
-from maiht_lightning.pruning.journal import Journal, fingerprint
+from maiht_lightning.pruning.journal import Journal, drop_weights, fingerprint, read_records
 from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.records import LayerRecord
 from maiht_lightning.solvers import MAIHTConfig
@@ -253,18 +252,140 @@ def test_unreadable_settings_are_moved_aside(make, tmp_path):
     assert (tmp_path / "journal.1" / "settings.json").read_text() == "{"
 
 
-def test_a_damaged_block_file_is_an_error_and_not_a_result(make, tmp_path):
+def flip(path, find, offset=0):
+    """Flip a bit so many bytes after a text, or in the middle of the weights."""
+    written = bytearray(path.read_bytes())
+    place = written.index(find) + offset if find else (len(written) + 8 + int.from_bytes(written[:8], "little")) // 2
+    written[place] ^= 1
+    path.write_bytes(written)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:500]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+        lambda path: flip(path, None),
+        lambda path: flip(path, b'"digest"', 12),
+        lambda path: flip(path, b'"digest"', 3),
+        lambda path: flip(path, b'"block"', 3),
+        lambda path: flip(path, b'zeros\\": ', 10),
+        lambda path: flip(path, b"mlp.up_proj"),
+        lambda path: path.write_bytes((path.parent / "block_00000.safetensors").read_bytes()),
+    ],
+    ids=["half", "shorter", "empty", "weight", "digest", "no-digest", "no-block", "record", "name", "other-block"],
+)
+def test_a_damaged_block_is_pruned_again_with_a_warning(make, solved, tmp_path, caplog, damage):
+    folder = tmp_path / "journal"
+    whole = make()
+    expected = run(whole, folder, method="magnitude")
+    path = folder / "block_00001.safetensors"
+    written = path.read_bytes()
+    damage(path)
+    assert path.read_bytes() != written
+    solved.groups, model = 0, make()
+    report = run(model, folder, method="magnitude")
+    assert solved.groups == 4
+    same(model, whole)
+    assert [(r.name, r.zeros) for r in report.layers] == [(r.name, r.zeros) for r in expected.layers]
+    assert f"{path} is damaged" in caplog.text
+    assert "pruned again" in caplog.text
+    assert load_file(path).keys() == {record.layer for record in report.layers if record.block == 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["journal"]
+
+
+def test_a_model_that_was_pruned_is_not_pruned_again_for_a_damaged_block(make, solved, tmp_path):
+    """The weights from before are gone: the journal cannot be resumed with this model."""
+    folder, model = tmp_path / "journal", make()
+    run(model, folder, method="magnitude")
+    flip(folder / "block_00001.safetensors", None)
+    run(model, folder, method="magnitude")
+    assert (tmp_path / "journal.1").is_dir()
+
+
+def test_files_are_brought_to_the_disk_before_they_have_their_names(make, tmp_path, monkeypatch):
+    durable = importlib.import_module("maiht_lightning.models.durable")
+    seen, sync, fsync = [], durable.sync, os.fsync
+
+    def note(path):
+        seen.append(os.path.relpath(path, tmp_path))
+        sync(path)
+
+    synced = []
+    monkeypatch.setattr(durable, "sync", note)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), fsync(descriptor)))
+    run(make(num_hidden_layers=2), tmp_path / "journal", method="magnitude")
+    assert seen == [
+        *("journal/settings.partial", "journal"),
+        *("journal/block_00000.partial", "journal"),
+        *("journal/block_00001.partial", "journal"),
+    ]
+    assert len(synced) == 7  # and the folder in which the journal is
+
+
+def test_settings_name_versions_that_do_not_decide(make, solved, tmp_path):
     folder = tmp_path / "journal"
     run(make(), folder, method="magnitude")
-    path = folder / "block_00001.safetensors"
-    path.write_bytes(path.read_bytes()[:500])
-    model = make()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(SafetensorError):
-        run(model, folder, method="magnitude")
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("model.layers.0."):
-            assert torch.equal(tensor, before[name])
+    path = folder / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings["versions"].keys() == {"journal", "maiht_lightning", "torch"}
+    for versions, groups in (({**settings["versions"], "torch": "1.0"}, 0), (None, 0), ({"journal": 99}, 16)):
+        path.write_text(json.dumps({**{k: v for k, v in settings.items() if k != "versions"}, "versions": versions}))
+        if versions is None:
+            path.write_text(json.dumps({k: v for k, v in settings.items() if k != "versions"}))
+        solved.groups = 0
+        run(make(), folder, method="magnitude")
+        assert solved.groups == groups
+    assert json.loads((tmp_path / "journal.1" / "settings.json").read_text())["versions"] == {"journal": 99}
+
+
+def test_records_outlast_the_weights(make, solved, tmp_path):
+    folder, whole = tmp_path / "journal", make()
+    report = run(whole, folder, method="magnitude")
+    assert read_records(folder) == report.layers
+    drop_weights(folder)
+    assert {path.name for path in folder.iterdir()} == {"settings.json", "records.json"}
+    assert read_records(folder) == report.layers
+    drop_weights(folder)
+    drop_weights(tmp_path / "nowhere")
+    assert read_records(folder) == report.layers
+    # Called again, the same pruning begins anew in the same folder.
+    solved.groups, model, blocks = 0, make(), []
+    run(model, folder, method="magnitude", on_block=lambda records: blocks.append(len(read_records(folder))))
+    assert solved.groups == 16
+    assert blocks == [7, 14, 21, 28]
+    same(model, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+
+def test_a_crash_between_the_deletions_costs_no_record(make, tmp_path, monkeypatch):
+    folder = tmp_path / "journal"
+    report = run(make(), folder, method="magnitude")
+    unlink = type(folder).unlink
+
+    def fail(path, *args, **kwargs):
+        if path.name == "block_00002.safetensors":
+            raise OSError("out of luck")
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder), "unlink", fail)
+        with pytest.raises(OSError, match="out of luck"):
+            drop_weights(folder)
+    assert (folder / "block_00003.safetensors").exists()
+    assert read_records(folder) == report.layers
+    # Once more, with half of the blocks, it still keeps all records.
+    drop_weights(folder)
+    assert read_records(folder) == report.layers
+
+
+def test_damaged_files_cost_their_own_records_alone(make, tmp_path, caplog):
+    folder = tmp_path / "journal"
+    report = run(make(), folder, method="magnitude")
+    (folder / "block_00001.safetensors").write_bytes(b"")
+    assert read_records(folder) == [record for record in report.layers if record.block != 1]
+    assert "block_00001.safetensors is damaged" in caplog.text
 
 
 def test_a_folder_of_other_things_is_refused_and_left(make, tmp_path):

@@ -35,7 +35,8 @@ def run(tiny_llama, text, tmp_path, monkeypatch):
             monkeypatch.setattr("maiht_lightning.reporting.recorder.draw_figures", lambda *_: {})
         module = OwnModule(tiny_llama(vocab_size=64).train())
         module.tokenizer = NoTokenizer()
-        callback = MAIHTPruning(calibration=Windows(), config=config, output_dir=str(tmp_path / "run"), **settings)
+        settings = {"keep_journal": True, "output_dir": str(tmp_path / "run"), **settings}
+        callback = MAIHTPruning(calibration=Windows(), config=config, **settings)
         trainer(callback, *([FrozenSparsity()] if "prune_at" in settings else []), logger=logger).fit(module)
         return callback
 

@@ -248,6 +248,21 @@ def test_frozen_zeros_are_timed(here, folder, monkeypatch, capsys):
     assert f"{results['share_of_a_step']:.2%}" in capsys.readouterr().out
 
 
+def test_compact_files_are_timed_beside_dense_ones(here, folder, monkeypatch, capsys):
+    script = load_script("bench_compact", monkeypatch)
+    run_script(script, monkeypatch, "--model", folder, "--sparsity", 0.5, 0.75, "--repeats", 1, "--json", "out.json")
+    rows, printed = json.loads(Path("out.json").read_text())["rows"], capsys.readouterr().out
+    # A bit per weight of 16, and the values that are left.
+    assert [row["share_of_dense_bytes"] for row in rows] == [1 / 16 + 1 / 2, 1 / 16 + 1 / 4]
+    for row in rows:
+        loaded, read = row["seconds_loading"], row["seconds_loading_and_reading"]
+        assert row["times_dense_loading"] == loaded["compact"] / loaded["dense"]
+        assert read["compact"] > loaded["compact"] > 0
+        assert f"{row['times_dense_loading']:.2f} times as long" in printed
+    with pytest.raises(SystemExit, match=r"must take at most 0\.001 times as long as dense, but found"):
+        run_script(script, monkeypatch, "--model", folder, "--repeats", 1, "--at-most", 0.001)
+
+
 # ---- reproduce_recovery.py
 
 

@@ -76,6 +76,7 @@ class MAIHTPruning(Callback):
         hidden_states: Where the calibration windows' hidden states are kept: `device`, `host`, `disk`, or `auto`, the
             first of these with room for them.
         save_dense: Also save the model as it was just before the pruning, as `model_dense/`: a teacher to distil from.
+        keep_journal: Keep the journal's weights, as large as the model's, when the pruned model is saved and measured.
         output_dir: The run's folder. None: a fresh one in `runs/` under the Trainer's `default_root_dir`.
 
     Raises:
@@ -107,6 +108,7 @@ class MAIHTPruning(Callback):
         offload: Literal["none", "cpu", "disk"] = "none",
         hidden_states: Storage = "auto",
         save_dense: bool = False,
+        keep_journal: bool = False,
         output_dir: str | None = None,
     ) -> None:
         self.schedule = parse_schedule(prune_at, PruningSpec.parse(sparsity, pattern, method, config))
@@ -114,7 +116,7 @@ class MAIHTPruning(Callback):
         self.calibration = C4Calibration() if calibration is None else calibration
         self.evaluation = evaluation
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.compact, self.save_dense = compact, save_dense
+        self.compact, self.save_dense, self.keep_journal = compact, save_dense, keep_journal
         if offload not in ("none", "cpu", "disk"):
             raise ValueError(f"offload must be none, cpu or disk, but found {offload!r}")
         check_storage(hidden_states)

@@ -19,6 +19,7 @@ from ..estimate.plan import predict_pruning
 from ..evaluation.evaluation import LoadedEvaluation, context_length
 from ..models.blocks import find_blocks, refuse_adapters, weight_of
 from ..models.sparsity import count_zeros, measured_sparsity
+from ..pruning.journal import drop_weights
 from ..pruning.pruner import check_windows, prune_model
 from ..records import LayerRecord, PruningReport
 from ..reporting.recorder import RunRecorder
@@ -48,6 +49,7 @@ class PruningRun:
         batch_size: Windows per calibration forward pass.
         hidden_states: Where the hidden states of the windows are kept; see `prune`.
         offload: `cpu` keeps the model in host memory while it is at work; `disk` leaves its blocks in files.
+        keep_journal: Whether the journal's weights stay when the pruned model is saved.
         forward_context: Opens the context in which the model runs, such as autocast.
     """
 
@@ -61,6 +63,7 @@ class PruningRun:
     batch_size: int = 1
     hidden_states: Storage = "auto"
     offload: Literal["none", "cpu", "disk"] = "none"
+    keep_journal: bool = False
     forward_context: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
@@ -103,6 +106,10 @@ class PruningRun:
             self.recorder.summary.predicted = self._predict(spec)
         self.measure("pruned")
         self.recorder.finish_pruning(report)
+        # A model on disk reads its pruned weights from the journal.
+        if self.recorder.is_main and not self.keep_journal and self.offload != "disk":
+            for folder in (self.recorder.folder / "journal", *self.recorder.folder.glob("journal_*")):
+                drop_weights(folder)
 
     def finish_finetuning(self, report: PruningReport | None) -> None:
         """Save, measure and report the model after it was trained on with its zeros frozen."""
@@ -187,6 +194,7 @@ def prepare_run(
         batch_size=pruning.batch_size,
         hidden_states=pruning.hidden_states,
         offload=pruning.offload,
+        keep_journal=pruning.keep_journal,
         forward_context=trainer.precision_plugin.forward_context,
     )
 

@@ -164,7 +164,7 @@ class TextDataModule(LightningDataModule):
         if self.tokenizer is not None:
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(self.tokenizer)
+            return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
         model: Any = self.trainer.lightning_module if self.trainer is not None else None
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:

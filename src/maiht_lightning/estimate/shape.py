@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..models.blocks import find_blocks, find_linears, weight_of
-from ..models.loading import check_source
+from ..models.loading import NO_CODE, check_source
 from .probe import Counts, count_block, reset_twin, width_of
 
 
@@ -159,12 +159,12 @@ class ModelShape:
         if path.suffix == ".gguf":
             config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         else:
-            config = AutoConfig.from_pretrained(path if path.exists() else name_or_path)
+            config = AutoConfig.from_pretrained(path if path.exists() else name_or_path, **NO_CODE)
         with suppress(AttributeError):
             # Weights in files may be quantised; those of a run are not.
             del config.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **NO_CODE)
         return cls.of(model, name_or_path)
 
 

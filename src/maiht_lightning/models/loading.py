@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from .blocks import find_blocks
-from .compact import INDEX, load_compact
+from .compact import load_compact
+from .compact_index import INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Python files beside a model's weights are never run. Left open, transformers would ask whether they may be.
+NO_CODE = {"trust_remote_code": False}
 
 
 def check_source(name_or_path: str) -> None:
@@ -44,6 +48,7 @@ def load_model(
         ValueError: The blocks of such a file cannot be left on disk.
         FileNotFoundError: A local path does not exist.
         OSError: The hub does not know the name or cannot be reached.
+        CompactFileError: A compact folder is damaged; see `load_compact`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,10 +63,10 @@ def load_model(
             raise ValueError(f"blocks can stay on disk in a Hugging Face folder with safetensors files, not in {path}")
         name = path if path.exists() else name_or_path
         with torch.device("meta"):
-            plan = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+            plan = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **NO_CODE), **NO_CODE)
         blocks = find_blocks(plan).path
         device_map: dict[str, str] = {**dict.fromkeys(_modules_outside(plan, blocks), "cpu"), blocks: "disk"}
-        return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, device_map=device_map)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=wanted, device_map=device_map, **NO_CODE)
     if path.suffix == ".gguf":
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
         # The config still says that the model is quantised, which forbids saving it. Its weights are dense by now.
@@ -72,11 +77,11 @@ def load_model(
         plain.generation_config = loaded.generation_config
         return plain
     if path.suffix == ".json":
-        config = AutoConfig.from_pretrained(path)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+        config = AutoConfig.from_pretrained(path, **NO_CODE)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32, **NO_CODE)
     if (path / INDEX).exists():
         return load_compact(path, dtype)
-    return AutoModelForCausalLM.from_pretrained(path if path.exists() else name_or_path, dtype=wanted)
+    return AutoModelForCausalLM.from_pretrained(path if path.exists() else name_or_path, dtype=wanted, **NO_CODE)
 
 
 def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
@@ -88,8 +93,8 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
     if path.suffix == ".gguf":
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if path.suffix == ".json":
-        return AutoTokenizer.from_pretrained(path.parent)
-    return AutoTokenizer.from_pretrained(path if path.exists() else name_or_path)
+        return AutoTokenizer.from_pretrained(path.parent, **NO_CODE)
+    return AutoTokenizer.from_pretrained(path if path.exists() else name_or_path, **NO_CODE)
 
 
 def _modules_outside(model: nn.Module, blocks: str) -> list[str]:

@@ -1,12 +1,15 @@
 """The journal of a pruning: finished blocks on disk, so that a crash costs one block and not the run.
 
 A journal is a folder with `settings.json`, which says what is being pruned and how, and one safetensors file per
-finished block with its weights and, in the metadata, its layer records. Files appear whole or not at all.
+finished block with its weights and, in the metadata, its layer records and checksums. Files are brought to the disk,
+and appear whole or not at all. Once the pruned model is saved elsewhere, `drop_weights` leaves the records alone.
 """
 
 import hashlib
 import json
+import logging
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial as partial_of
@@ -14,13 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import __version__
 from ..models.blocks import find_blocks, find_linears
+from ..models.durable import put_in_place, sync
 from ..models.offload import full_tensor, full_weight
 from ..records import LayerRecord
+
+log = logging.getLogger(__name__)
+
+VERSION = 2
+RECORDS = "records.json"
+# What a damaged file may lead to, in safetensors, in JSON or where something is missing.
+_DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 class Journal:
@@ -29,6 +41,8 @@ class Journal:
     A folder that holds another pruning's journal (other settings, model or windows) is moved aside, never
     overwritten: `journal` becomes `journal.1` and so on. The model may be the dense one or the one that a
     failed pruning left in memory: its blocks are as they were, or as the journal has them.
+
+    A block whose file is damaged counts as unfinished.
 
     Args:
         folder: The journal's folder; made if it does not exist.
@@ -48,8 +62,9 @@ class Journal:
         self.folder = Path(folder)
         self.moved_to: Path | None = None
         path = self.folder / "settings.json"
+        versions = {"journal": VERSION, "maiht_lightning": __version__, "torch": torch.__version__}
         # Settings are compared in the form that JSON gives them: tuples become lists.
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(json.dumps({**settings, "versions": versions}))
         files = [f.name for f in self.folder.iterdir() if f.suffix != ".partial"] if self.folder.exists() else []
         if files and not path.exists():
             raise ValueError(f"{self.folder} is no journal but holds {files[0]}: name a new or empty folder for it")
@@ -65,41 +80,55 @@ class Journal:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(settings, indent=2))
-            partial.replace(path)
+            _write_json(path, settings)
+            sync(self.folder.absolute().parent)
 
     def load(self, block: int) -> tuple[dict[str, Tensor], list[LayerRecord]] | None:
-        """Read a finished block: its weights (out, in) by name in the block, and its records; None if it is none."""
+        """Read a finished block: its weights (out, in) by name in the block, and its records.
+
+        None if it is none, or if its file is damaged, which is logged.
+        """
         path = block_file(self.folder, block)
         if not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            records = json.loads(file.metadata()["records"])
-        return weights, [_record(record) for record in records]
+        try:
+            return _read_block(path, block)
+        except _DAMAGE as error:
+            log.warning("%s is damaged (%s): the block is pruned again", path, error)
+            return None
 
     def save(self, block: int, weights: dict[str, Tensor], records: list[LayerRecord]) -> None:
         """Save a finished block: its weights (out, in) by name in the block, and its records."""
+        # The records that `drop_weights` has left are those of an earlier pruning.
+        (self.folder / RECORDS).unlink(missing_ok=True)
         partial = block_file(self.folder, block).with_suffix(".partial")
         tensors = {name: weight.contiguous().cpu() for name, weight in weights.items()}
-        digest = _digest({name: partial_of(Tensor.detach, weight) for name, weight in tensors.items()})
-        metadata = {"records": json.dumps([asdict(record) for record in records]), "digest": digest}
+        text = json.dumps([asdict(record) for record in records])
+        metadata = {
+            "block": str(block),
+            "records": text,
+            "records_crc32": _text_checksum(text),
+            "digest": _digest_of(tensors),
+        }
         save_file(tensors, partial, metadata=metadata)
-        partial.replace(block_file(self.folder, block))
+        put_in_place(partial, block_file(self.folder, block))
 
     def _continues(self, found: Any, settings: dict[str, Any]) -> bool:
-        if not isinstance(found, dict) or {**found, "blocks": 0} != {**settings, "blocks": 0}:
+        # Other versions' blocks are taken over, but not those of a journal that is newer than this code.
+        others = {"blocks": 0, "versions": 0}
+        if not isinstance(found, dict) or {**found, **others} != {**settings, **others}:
+            return False
+        if found.get("versions", {"journal": 1})["journal"] > VERSION:
             return False
         # Each block of the model may be as it was when the journal was begun, or as the journal has pruned it.
         dense, now = found["blocks"], settings["blocks"]
-        return len(dense) == len(now) and all(now[i] in (dense[i], self._pruned_digest(i)) for i in range(len(now)))
+        return len(dense) == len(now) and all(
+            now[i] == dense[i] or now[i] == self._pruned_digest(i) for i in range(len(now))
+        )
 
     def _pruned_digest(self, block: int) -> str | None:
-        if not block_file(self.folder, block).exists():
-            return None
-        with safe_open(block_file(self.folder, block), framework="pt") as file:
-            return str(file.metadata().get("digest"))
+        found = self.load(block)
+        return None if found is None else _digest_of(found[0])
 
     @staticmethod
     def _read(path: Path) -> Any:
@@ -115,18 +144,87 @@ def block_file(folder: str | os.PathLike[str], block: int) -> Path:
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[LayerRecord]:
-    """Read the layer records of all finished blocks in a journal's folder; none if there is no such folder."""
-    records: list[dict[str, Any]] = []
-    for path in sorted(Path(folder).glob("block_*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            records += json.loads(file.metadata()["records"])
-    return [_record(record) for record in records]
+    """Read the layer records in a journal's folder; none if there is no such folder.
+
+    They are those of all finished blocks, also if `drop_weights` has dropped these; damaged files are left out.
+    """
+    folder, records = Path(folder), []
+    try:
+        if (folder / RECORDS).exists():
+            return _parse_records((folder / RECORDS).read_text())
+    except _DAMAGE as error:
+        log.warning("%s is damaged (%s): the layers' records are lost", folder / RECORDS, error)
+    for path in sorted(folder.glob("block_*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                records += _checked_records(file.metadata())
+        except _DAMAGE as error:
+            log.warning("%s is damaged (%s): the records of its layers are lost", path, error)
+    return records
+
+
+def drop_weights(folder: str | os.PathLike[str]) -> None:
+    """Delete the weights in a journal's folder, which are as large as the model's, and keep settings and records.
+
+    This is for a pruning whose model is saved elsewhere: called again, `prune` begins anew. Does nothing if there is no
+    such folder.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("block_*.safetensors"))
+    if not files:
+        return
+    # Written before anything is deleted: a crash in between costs no record.
+    if not (folder / RECORDS).exists():
+        _write_json(folder / RECORDS, [asdict(record) for record in read_records(folder)])
+    for file in files:
+        file.unlink()
+    sync(folder)
+
+
+def _read_block(path: Path, block: int) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+    """Read a block's file; raises one of `_DAMAGE` unless it is as it was written."""
+    with safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    if _has_checksums(metadata):
+        if metadata["block"] != str(block):
+            raise ValueError(f"it is the file of block {metadata['block']}")
+        if metadata["digest"] != _digest_of(weights):
+            raise ValueError("its weights have another checksum than when they were written")
+    return weights, _checked_records(metadata)
+
+
+def _has_checksums(metadata: Mapping[str, str]) -> bool:
+    # In version 1 there were these two alone, and the digest was a sum. A damaged header is none of version 1.
+    return set(metadata) != {"records", "digest"}
+
+
+def _checked_records(metadata: Mapping[str, str]) -> list[LayerRecord]:
+    text = metadata["records"]
+    if _has_checksums(metadata) and metadata["records_crc32"] != _text_checksum(text):
+        raise ValueError("its records have another checksum than when they were written")
+    return _parse_records(text)
+
+
+def _parse_records(text: str) -> list[LayerRecord]:
+    return [_record(found) for found in json.loads(text)]
 
 
 def _record(found: dict[str, Any]) -> LayerRecord:
-    """A layer record from its form in JSON, which has lists for tuples."""
+    # JSON has lists for tuples.
     tuples = {name: tuple(found[name]) for name in ("shape", "block_error") if found.get(name) is not None}
     return LayerRecord(**{**found, **tuples})
+
+
+def _text_checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2))
+    put_in_place(partial, path)
 
 
 def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
@@ -148,6 +246,10 @@ def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
         "blocks": [_digest(block) for block in pruned],
         "windows": _digest({"": partial_of(Tensor.detach, windows)}),
     }
+
+
+def _digest_of(weights: Mapping[str, Tensor]) -> str:
+    return _digest({name: partial_of(Tensor.detach, weight) for name, weight in weights.items()})
 
 
 @torch.no_grad()
