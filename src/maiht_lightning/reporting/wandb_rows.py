@@ -1,0 +1,89 @@
+"""Each row of numbers once in a W&B run, however often its process dies and is started again.
+
+W&B writes a run's file in pieces, and what has not been written is lost when the process is killed; what a resumed fit
+does again, such as steps after its last checkpoint, is logged a second time. So the rows are kept beside the run as
+well: a process that resumes hands on those that W&B has not, and leaves out those that it has.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class WandbRows:
+    """Stands before a `WandbLogger`'s `log_metrics`.
+
+    Args:
+        logger: The logger.
+        path: A file of the run, with a line of JSON per row.
+    """
+
+    def __init__(self, logger: WandbLogger, path: Path) -> None:
+        self.logger, self.path = logger, path
+        # Rows of earlier processes.
+        self.rows = _read(path)
+        self._known = {_identity(row["metrics"], row["step"]) for row in self.rows}
+        # How many rows W&B has of this run; None until it was asked.
+        self._count: int | None = None
+        self._log: Callable[..., None] = logger.log_metrics
+        logger.log_metrics = self.log_metrics  # type: ignore[method-assign]
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log a row, unless an earlier process has. Tables and images are no numbers and logged always."""
+        count = self._hand_on() if self._count is None else self._count
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        if all(value is not None for value in numbers.values()):
+            if _identity(numbers, step) in self._known:
+                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Written before W&B gets it, so that it is lost in no case.
+            with self.path.open("a") as file:
+                file.write(json.dumps({"row": count, "step": step, "metrics": numbers}) + "\n")
+        self._log(metrics, step)
+        self._count = count + 1
+
+    def _hand_on(self) -> int:
+        """Log the rows that W&B has lost; returns how many it has then."""
+        experiment: Any = self.logger.experiment
+        # W&B's server says what it has. A run on disk begins a new file, which is to hold all of the run.
+        count = int(getattr(experiment, "starting_step", 0) or 0)
+        for row in self.rows:
+            if row["row"] >= count:
+                self._log(row["metrics"], row["step"])
+        if self.rows and getattr(experiment, "offline", False):
+            _set_aside(Path(experiment.dir).parent, experiment.id)
+        return max(count, self.rows[-1]["row"] + 1) if self.rows else count
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Read the rows; the last line may be a part of one."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _identity(metrics: Mapping[str, Any], step: int | None) -> tuple[int | None, frozenset[str]]:
+    return step, frozenset(metrics)
+
+
+def _number(value: Any) -> float | None:
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int | float) else None
+
+
+def _set_aside(current: Path, run_id: str) -> None:
+    """Move a run's older offline folders out of the way of `wandb sync`: the current one holds what they do."""
+    for folder in current.parent.glob(f"offline-run-*-{run_id}"):
+        if folder != current:
+            aside = current.parent / "superseded"
+            aside.mkdir(exist_ok=True)
+            folder.rename(aside / folder.name)
