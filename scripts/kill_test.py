@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -177,11 +178,16 @@ class Kill:
 
 def kill(folder: Path, name: str, seconds: float, signum: int, whole: dict[str, Any]) -> Kill:
     """Kill a run after some seconds, resume it, and compare it with the undisturbed one."""
-    process = start(folder, name, f"{name}-1")
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signum)
+    while True:
+        process = start(folder, name, f"{name}-1")
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signum)
+            break
+        # It was quicker than the undisturbed one, so that there was nothing to kill.
+        shutil.rmtree(folder / name)
+        seconds *= 0.8
     status, run = process.wait(), folder / name
     where, trained = state(run), (run / "resume.ckpt").exists() and _is_trained(run / "resume.ckpt")
     problems = []
@@ -256,10 +262,8 @@ def main() -> int:
         last = time.monotonic() - began
         whole = result(folder / "whole")
         print(f"The undisturbed run took {last:.1f} s, of which {first:.1f} s to begin.", flush=True)
-        # Beside another run each is slower.
-        slower = 1.0 if options.jobs == 1 else 1.3
         chance = random.Random(options.seed)
-        moments = [chance.uniform(first * 0.8, last) * slower for _ in range(options.kills)]
+        moments = [chance.uniform(first * 0.8, last) for _ in range(options.kills)]
         failed, places = 0, Counter[str]()
         with ThreadPoolExecutor(options.jobs) as pool:
             names = [f"run{index}" for index in range(options.kills)]

@@ -414,7 +414,8 @@ class MAIHTPruning(Callback):
             # A checkpoint from the last step of a fit that ended within an epoch, which is counted as done.
             epochs.increment_processed()
             epochs.increment_completed()
-        loop.restarting = False
+        # The setter of the loop itself takes a fit that counts steps for one that goes on.
+        loop.epoch_loop.restarting = False
         loop.on_iteration_done()
         trainer.should_stop = True
         note_saved(trainer)

@@ -35,7 +35,8 @@ class WandbRows:
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log a row, unless an earlier process has. Tables and images are no numbers and logged always."""
-        count = self._hand_on() if self._count is None else self._count
+        if self._count is None:
+            self._count = self._hand_on()
         numbers = {name: _number(value) for name, value in metrics.items()}
         if all(value is not None for value in numbers.values()):
             if _identity(numbers, step) in self._known:
@@ -43,9 +44,9 @@ class WandbRows:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Written before W&B gets it, so that it is lost in no case.
             with self.path.open("a") as file:
-                file.write(json.dumps({"row": count, "step": step, "metrics": numbers}) + "\n")
+                file.write(json.dumps({"row": self._count, "step": step, "metrics": numbers}) + "\n")
         self._log(metrics, step)
-        self._count = count + 1
+        self._count += 1
 
     def _hand_on(self) -> int:
         """Log the rows that W&B has lost; returns how many it has then."""
