@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from .callbacks.compatibility import check_trainer, find_callback
 from .callbacks.pruning import MAIHTPruning
+from .callbacks.resume_point import remove_point
 from .commands import COMMANDS
 
 # Imported so that their classes can be given by name alone, as in `--data WikiText2DataModule`.
@@ -196,7 +197,7 @@ class MAIHTCLI(LightningCLI):
         settings: SparseFinetune = self.config_init[self.subcommand].sparse_finetune
         pruning = find_callback(self.trainer, MAIHTPruning)
         assert pruning is not None  # a section of the configuration
-        pruning.expects_finetune = settings.wanted
+        pruning.expects_finetune, pruning.keeps_point = settings.wanted, True
         going_on = ckpt_path is not None and saved_phase(ckpt_path) is not None
         point = last_point(Path(self.trainer.default_root_dir)) if self.resumes else None
         if point is not None:
@@ -216,7 +217,6 @@ class MAIHTCLI(LightningCLI):
             self.trainer.fit(model, ckpt_path=ckpt_path, weights_only=weights_only, **data)
             ckpt_path = None
         if settings.wanted:
-            pruning.expects_finetune = False
             sparse_finetune(self.trainer, model, settings, ckpt_path=ckpt_path, **data)
         self._finish(pruning)
 
@@ -230,9 +230,11 @@ class MAIHTCLI(LightningCLI):
 
     def _finish(self, pruning: MAIHTPruning) -> None:
         """Note that the run is done, and what of it failed."""
+        folder = Path(self.trainer.default_root_dir)
         if self.trainer.is_global_zero:
             self.state.finished = True
-            self.state.write(Path(self.trainer.default_root_dir))
+            self.state.write(folder)
+        remove_point(self.trainer, folder)
         self.failures = pruning.summary.failures
 
     @override

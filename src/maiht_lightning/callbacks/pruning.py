@@ -137,8 +137,10 @@ class MAIHTPruning(Callback):
         self.trained = False
         # A checkpoint from which the next fit resumes. None: from the resume point in `output_dir`, if there is one.
         self.resume_from: Path | None = None
-        # Whether `sparse_finetune` follows, so that what is done must not be forgotten when the model is pruned.
+        # Whether `sparse_finetune` follows, so that the pruned model is a point to resume from as well.
         self.expects_finetune = False
+        # Whether somebody else removes the resume point, when all of a run is done.
+        self.keeps_point = False
         # Whether an earlier process has begun what is done now.
         self.resumes = False
         # The Trainer's limits, while they are lifted for a fit that has no step to make.
@@ -206,7 +208,7 @@ class MAIHTPruning(Callback):
         # Only now it is known whether the fit resumes from a checkpoint of a pruned model.
         self._tell_frozen(trainer)
         self.prepare(trainer, pl_module)
-        check_disk(self, trainer, pl_module)
+        check_disk(self, trainer, pl_module, trains=True)
         if self.resumes and (self.trained or trainer.fit_loop.done):
             # A fit that has nothing to train would be left out as a whole, and with it the hooks in which to prune.
             self._limits = trainer.fit_loop.max_epochs, trainer.max_steps
@@ -276,7 +278,7 @@ class MAIHTPruning(Callback):
                     self.run.finish_finetuning(self.report)
                 else:
                     self._prune_trained(trainer, pl_module)
-        if not self.expects_finetune:
+        if not self.keeps_point:
             remove_point(trainer, self.run.recorder.folder)
 
     def _prune_trained(self, trainer: Trainer, pl_module: LightningModule) -> None:

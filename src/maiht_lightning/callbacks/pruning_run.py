@@ -207,8 +207,14 @@ def prepare_run(
     )
 
 
-def check_disk(pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse a fit whose trained model, journal and results the disk has no room for, before it has cost anything.
+def check_disk(pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningModule, *, trains: bool) -> None:
+    """Refuse a run whose trained model, journal and results the disk has no room for, before it has cost anything.
+
+    Args:
+        pruning: The callback, after `prepare`.
+        trainer: Its Trainer.
+        pl_module: Holds the model.
+        trains: Whether the model is trained first, and so kept as it is then.
 
     Raises:
         MisconfigurationException: There is too little room; the message has the sum.
@@ -219,7 +225,8 @@ def check_disk(pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningMo
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = [weight_of(linear) for _, linear in find_blocks(model).linears()]
     blocks = sum(weight.numel() * weight.element_size() for weight in weights)
-    results = {RESUME_POINT: module, "journal": blocks, "model": size}
+    results = {RESUME_POINT: module} if trains else {}
+    results |= {"journal": blocks, "model": size}
     if pruning.save_dense:
         results["model_dense"] = size
     if pruning.compact:

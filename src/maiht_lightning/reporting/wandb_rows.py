@@ -30,13 +30,14 @@ class WandbRows:
         # How many rows W&B has of this run; None until it was asked.
         self._count: int | None = None
         self._log: Callable[..., None] = logger.log_metrics
+        self._log_settings: Callable[..., None] = logger.log_hyperparams
         logger.log_metrics = self.log_metrics  # type: ignore[method-assign]
+        logger.log_hyperparams = self.log_hyperparams  # type: ignore[method-assign]
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log a row, unless an earlier process has. Tables and images are no numbers and logged always."""
-        if self._count is None:
-            self._count = self._hand_on()
+        count = self._hand_on()
         numbers = {name: _number(value) for name, value in metrics.items()}
         if all(value is not None for value in numbers.values()):
             if _identity(numbers, step) in self._known:
@@ -44,32 +45,42 @@ class WandbRows:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Written before W&B gets it, so that it is lost in no case.
             with self.path.open("a") as file:
-                file.write(json.dumps({"row": self._count, "step": step, "metrics": numbers}) + "\n")
+                file.write(json.dumps({"row": count, "step": step, "metrics": numbers}) + "\n")
         self._log(metrics, step)
-        self._count += 1
+        self._count = count + 1
+
+    @rank_zero_only
+    def log_hyperparams(self, settings: Any) -> None:
+        """Log settings, with which a process begins."""
+        self._hand_on()
+        self._log_settings(settings)
 
     def _hand_on(self) -> int:
-        """Log the rows that W&B has lost; returns how many it has then."""
+        """Log the rows that W&B has lost, once; returns how many it has."""
+        if self._count is None:
+            self._count = self._log_lost()
+        return self._count
+
+    def _log_lost(self) -> int:
         experiment: Any = self.logger.experiment
         # W&B's server says what it has. A run on disk begins a new file, which is to hold all of the run.
         count = int(getattr(experiment, "starting_step", 0) or 0)
         for row in self.rows:
             if row["row"] >= count:
                 self._log(row["metrics"], row["step"])
-        if self.rows and getattr(experiment, "offline", False):
+        if getattr(experiment, "offline", False):
             _set_aside(Path(experiment.dir).parent, experiment.id)
         return max(count, self.rows[-1]["row"] + 1) if self.rows else count
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Read the rows; the last line may be a part of one."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """Read the rows; of the last line there may be a part alone, which is cut off."""
+    if not path.exists():
+        return []
+    whole, newline, rest = path.read_text().rpartition("\n")
+    if rest:
+        path.write_text(whole + newline)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _identity(metrics: Mapping[str, Any], step: int | None) -> tuple[int | None, frozenset[str]]:
