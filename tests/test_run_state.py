@@ -200,10 +200,11 @@ def test_rows_that_were_logged_are_not_logged_again_and_lost_ones_are(tmp_path):
 def test_a_run_on_disk_is_whole_in_its_last_file(tmp_path):
     folders = [tmp_path / "wandb" / f"offline-run-{number}-abc" / "files" for number in (1, 2)]
     other = tmp_path / "wandb" / "offline-run-1-xyz"
-    for folder in (*folders, other):
+    for folder in (folders[0], other):
         folder.mkdir(parents=True)
     rows_logger(tmp_path, Server(offline=True, folder=str(folders[0]))).log_metrics({"loss": 1.0}, 0)
     assert folders[0].exists()
+    folders[1].mkdir(parents=True)
     server = Server(offline=True, folder=str(folders[1]))
     rows_logger(tmp_path, server).log_metrics({"loss": 0.5}, 1)
     assert [row["loss"] for row in server.rows] == [1.0, 0.5]

@@ -175,8 +175,13 @@ class RunRecorder:
             self._report(report.layers)
 
     def resume_finetuning(self, records: list[LayerRecord]) -> None:
-        """Log the pruned layers for a process that trains on what an earlier one has pruned."""
+        """Log the pruned layers and the figures for a process that trains on what an earlier one has pruned.
+
+        Tables and images lie in the earlier process's part of a W&B run on disk.
+        """
         if self.is_main:
+            figures = {path.stem: path for path in sorted((self.folder / "figures").glob("*.png"))}
+            self._log(log.log_figures(self.loggers, figures, self.global_step()))
             self._log(log.log_layers(self.loggers, self.summary, records))
 
     def finish_finetuning(self, records: list[LayerRecord]) -> None:

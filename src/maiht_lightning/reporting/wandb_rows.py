@@ -32,7 +32,7 @@ class WandbRows:
         self._log: Callable[..., None] = logger.log_metrics
         self._log_settings: Callable[..., None] = logger.log_hyperparams
         logger.log_metrics = self.log_metrics  # type: ignore[method-assign]
-        logger.log_hyperparams = self.log_hyperparams  # type: ignore[method-assign]
+        logger.log_hyperparams = self.log_hyperparams  # type: ignore[method-assign, assignment]
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
