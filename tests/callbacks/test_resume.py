@@ -166,6 +166,24 @@ def _load(folder):
     return load_model(str(folder))
 
 
+def test_a_fine_tune_goes_on_from_where_the_first_fit_was_resumed(make_module, dies, tmp_path):
+    """The counters of a fit that was resumed without a step are those of one that has made its steps."""
+    settings, limits = SparseFinetune(max_steps=3), {"max_epochs": None, "max_steps": 3}
+    undisturbed, fit = make_module(), trainer(pruning(tmp_path / "undisturbed"), **limits)
+    fit.fit(undisturbed)
+    sparse_finetune(fit, undisturbed, settings)
+
+    dies(Journal, "save", 2)
+    with pytest.raises(Died):
+        trainer(pruning(tmp_path), **limits).fit(make_module())
+    module, fit = make_module(), trainer(pruning(tmp_path), **limits)
+    fit.fit(module)
+    assert module.steps == 0
+    sparse_finetune(fit, module, settings)
+    assert module.steps == 3
+    assert same(weights(module), weights(undisturbed))
+
+
 def test_a_fine_tune_that_died_when_it_was_trained_is_finished_without_a_step(make_module, dies, tmp_path):
     settings = SparseFinetune(max_epochs=1)
     undisturbed, fit = make_module(), trainer(pruning(tmp_path / "undisturbed"))

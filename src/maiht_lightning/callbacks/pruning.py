@@ -14,7 +14,7 @@ from ..capture.hidden_states import Storage, check_storage
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource
 from ..evaluation.evaluation import Evaluation
-from ..interrupts import Interrupted, interrupts
+from ..interrupts import interrupts
 from ..models.offload import is_sharded
 from ..models.sparsity import count_zeros, layers_that_lost_zeros, measured_sparsity
 from ..pruning.journal import read_records
@@ -332,7 +332,7 @@ class MAIHTPruning(Callback):
         """Keep what is trained where the Trainer was told to stop, which it does between two batches."""
         was_training, interrupts.training = interrupts.training, False
         self._limits = None
-        if was_training and isinstance(exception, SIGTERMException) and not isinstance(exception, Interrupted):
+        if was_training and isinstance(exception, SIGTERMException):
             save_point(trainer, self.run.recorder.folder)
 
     # ---- The work, also for `maiht prune`
