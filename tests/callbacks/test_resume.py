@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
@@ -182,6 +182,54 @@ def test_a_fine_tune_goes_on_from_where_the_first_fit_was_resumed(make_module, d
     sparse_finetune(fit, module, settings)
     assert module.steps == 3
     assert same(weights(module), weights(undisturbed))
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_fit_that_died_after_its_last_checkpoint_is_left_out(make_module, tmp_path, monkeypatch, steps):
+    """The checkpoint is from the last step, within an epoch of four batches or at its end."""
+
+    def fitted(callback, module):
+        saving = ModelCheckpoint(tmp_path / "saved", save_top_k=0, save_last=True, every_n_train_steps=steps)
+        fit = trainer(callback, saving, enable_checkpointing=True, max_epochs=None, max_steps=steps)
+        fit.fit(module)
+        return fit
+
+    undisturbed = make_module()
+    expected = fitted(pruning(tmp_path / "undisturbed"), undisturbed)
+
+    def die(*_):
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maiht_lightning.callbacks.pruning.save_point", die)
+        with pytest.raises(Died):
+            fitted(pruning(tmp_path), make_module())
+    module, callback = make_module(), pruning(tmp_path)
+    callback.resume_from = tmp_path / "saved" / "last.ckpt"
+    fit = fitted(callback, module)
+    assert module.steps == 0
+    assert same(weights(module), weights(undisturbed))
+    for each in (expected, fit):
+        assert (each.global_step, each.current_epoch, each.fit_loop.epoch_loop._batches_that_stepped) == (
+            steps,
+            1,
+            steps,
+        )
+
+
+def test_a_pruning_in_own_code_stops_after_a_block(make_module, undisturbed, dies, tmp_path):
+    class Stop(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trainer._signal_connector.received_sigterm = True
+
+    calls = dies(Journal, "save", 0)
+    with pytest.raises(SystemExit):
+        trainer(Stop(), pruning(tmp_path)).fit(make_module())
+    assert calls[0] == 1
+    module = make_module()
+    trainer(pruning(tmp_path)).fit(module)
+    assert (module.steps, calls[0]) == (0, 2)
+    assert same(weights(module), undisturbed[0])
 
 
 def test_a_fine_tune_that_died_when_it_was_trained_is_finished_without_a_step(make_module, dies, tmp_path):

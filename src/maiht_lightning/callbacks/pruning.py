@@ -1,5 +1,6 @@
 """`MAIHTPruning`: prune the model at the end of a fit, or in the middle of it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from ..models.offload import is_sharded
 from ..models.sparsity import count_zeros, layers_that_lost_zeros, measured_sparsity
 from ..pruning.journal import read_records
 from ..pruning.pruner import has_pattern
-from ..records import PruningReport
+from ..records import LayerRecord, PruningReport
 from ..reporting.summary import Summary
 from ..solvers import MAIHTConfig, PruningSpec
 from ..validation import check_at_least
@@ -333,6 +334,13 @@ class MAIHTPruning(Callback):
         was_training, interrupts.training = interrupts.training, False
         self._limits = None
         if was_training and isinstance(exception, SIGTERMException):
+            loop: Any = trainer.fit_loop
+            if loop.epoch_progress.current.processed == loop.epoch_progress.current.started:
+                # Between two epochs; a loop that resumes would take the one before for a part of the next.
+                loop.epoch_loop.batch_progress.reset_on_run()
+            elif loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+                # A loop that resumes after its validation counts this batch's step by itself.
+                loop.epoch_loop._batches_that_stepped -= 1
             save_point(trainer, self.run.recorder.folder)
 
     # ---- The work, also for `maiht prune`
@@ -370,11 +378,18 @@ class MAIHTPruning(Callback):
         report = self.run.prune(
             step.spec.keeping_zeros() if has_frozen else step.spec,
             journal="journal" if is_last else f"journal_{step.name.replace(':', '_')}",
-            # W&B has room for one set of curves over the blocks: the last step's.
-            on_block=self.run.recorder.block if is_last else None,
+            on_block=partial(self._after_block, trainer, is_last),
         )
         self.done, self._pruned_step = self.done + 1, trainer.global_step
         return report
+
+    def _after_block(self, trainer: Trainer, is_last: bool, records: list[LayerRecord]) -> None:
+        """Log a finished block, and stop after it where Lightning has noted SIGTERM, as it does in own code."""
+        # W&B has room for one set of curves over the blocks: the last step's.
+        if is_last:
+            self.run.recorder.block(records)
+        if trainer.received_sigterm and trainer.world_size == 1:
+            raise SIGTERMException
 
     def _restore_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move a model that was pruned in host memory back to the device on which it is trained."""
@@ -390,8 +405,8 @@ class MAIHTPruning(Callback):
         recorder = self.run.recorder
         recorder.reload(keep_finetuned=self.trained)
         records = read_records(recorder.folder / "journal")
-        if self.pruned and self.report is None and records:
-            self.report = PruningReport(records)
+        if self.pruned and self.report is None:
+            self.report = PruningReport(records) if records else None
             recorder.begin(self.run.model)
             recorder.resume_finetuning(records)
 
@@ -408,14 +423,17 @@ class MAIHTPruning(Callback):
     def _leave_out_training(self, trainer: Trainer) -> None:
         """Let the training loop end before its first batch, with its counters as they were when it ended."""
         assert self._limits is not None
-        loop = trainer.fit_loop
+        loop: Any = trainer.fit_loop
         loop.max_epochs, loop.epoch_loop.max_steps = self._limits
         self._limits = None
-        epochs: Any = loop.epoch_progress
+        epochs = loop.epoch_progress
         if epochs.current.processed < epochs.current.started:
             # A checkpoint from the last step of a fit that ended within an epoch, which is counted as done.
             epochs.increment_processed()
             epochs.increment_completed()
+        if loop.epoch_loop.restarted_on_train_batch_end:
+            # One from within the step, which the loop counts when the next batch comes.
+            loop.epoch_loop._batches_that_stepped += 1
         # The setter of the loop itself takes a fit that counts steps for one that goes on.
         loop.epoch_loop.restarting = False
         loop.on_iteration_done()
