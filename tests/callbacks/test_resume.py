@@ -210,11 +210,8 @@ def test_a_fit_that_died_after_its_last_checkpoint_is_left_out(make_module, tmp_
     assert module.steps == 0
     assert same(weights(module), weights(undisturbed))
     for each in (expected, fit):
-        assert (each.global_step, each.current_epoch, each.fit_loop.epoch_loop._batches_that_stepped) == (
-            steps,
-            1,
-            steps,
-        )
+        counted = each.fit_loop.epoch_loop._batches_that_stepped
+        assert (each.global_step, each.current_epoch, counted) == (steps, 1, steps)
 
 
 def test_a_pruning_in_own_code_stops_after_a_block(make_module, undisturbed, dies, tmp_path):
@@ -359,3 +356,17 @@ def test_a_fit_that_is_told_to_stop_keeps_what_it_has_trained(make_module, undis
     assert saved["global_step"] == 2
     assert len(saved["optimizer_states"][0]["state"]) > 0
     assert same(dict(saved["state_dict"]), weights(first))
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 2}, {"max_epochs": None, "max_steps": 8}])
+def test_a_fit_that_is_told_to_stop_between_epochs_goes_on_with_the_next(make_module, tmp_path, limits):
+    undisturbed = make_module()
+    trainer(pruning(tmp_path / "undisturbed"), **limits).fit(undisturbed)
+    with pytest.raises(SystemExit):
+        trainer(StopAfter(4), pruning(tmp_path), **limits).fit(make_module())
+    module = make_module()
+    fit = trainer(pruning(tmp_path), **limits)
+    fit.fit(module)
+    assert module.steps == 4
+    assert (fit.global_step, fit.current_epoch, fit.fit_loop.epoch_loop._batches_that_stepped) == (8, 2, 8)
+    assert same(weights(module), weights(undisturbed))
