@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -70,9 +72,29 @@ def test_fit_prunes_and_fills_the_runs_folder(options, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_second_run_never_dies_and_a_saved_configuration_runs_again(options, tmp_path):
-    for _ in range(2):
-        main(["fit", *options, "--output_dir", "out"])
+def test_a_finished_run_is_left_alone_and_its_configuration_runs_again(options, no_figures, capsys, tmp_path):
+    command = ["fit", *options, "--output_dir", "out"]
+    main(command)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert not stop.value.code
+    assert "the run in out is finished; --fresh starts it over" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--trainer.max_steps", "1", "--pruning.sparsity", "0.6"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "the run in out has other settings: trainer.max_steps: 2, now 1; pruning.sparsity: 0.5, now 0.6" in said
+    with pytest.raises(SystemExit):
+        main(["prune", *options, "--output_dir", "out"])
+    assert "command: fit, now prune" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert not (tmp_path / "out" / "resume.ckpt").exists()
+
+    main([*command, "--fresh", "--pruning.sparsity", "0.6"])
+    assert all(zeros == floor_of(0.6, size) for zeros, size in zeros_of(tmp_path / "out" / "model"))
+    (tmp_path / "out").rename(tmp_path / "other")
+    (tmp_path / "out.1").rename(tmp_path / "out")
     main(["fit", "--config", "out/config.yaml"])
     (fresh,) = (tmp_path / "runs").iterdir()
     first, second = (load_model(str(path / "model")) for path in (tmp_path / "out", fresh))
@@ -292,6 +314,54 @@ def test_killed_while_pruning_and_resumed(options, tmp_path):
     assert first.stat().st_mtime_ns == stamp  # not solved again
     whole, resumed = (load_model(str(tmp_path / name / "model")) for name in ("whole", "broken"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_what_failed_beside_the_pruning_is_told_at_the_end(options, no_figures, capsys, tmp_path, monkeypatch):
+    def measure(*_, **__):
+        raise ZeroDivisionError("no tokens")
+
+    monkeypatch.setattr("maiht_lightning.evaluation.evaluation.perplexity", measure)
+    for told in ("maiht: failed: ", "maiht: the run in out is finished"):
+        with pytest.raises(SystemExit) as stop:
+            main(["prune", *options, "--output_dir", "out"])
+        assert stop.value.code == 1
+        said = capsys.readouterr().err
+        assert told in said
+        assert "evaluate pruned, python_docs: ZeroDivisionError: no tokens" in said
+    assert zeros_of(tmp_path / "out" / "model")[0][0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "training"), (signal.SIGINT, "sparse")])
+def test_told_to_stop_and_resumed(options, bytes_folder, tmp_path, number, moment):
+    """Exit status, the command that resumes, and the same weights."""
+    every = '[{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 1}}]'
+    more = ["--trainer.max_steps", "40", "--trainer.callbacks", every, "--trainer.enable_checkpointing", "true"]
+    more += ["--sparse_finetune.max_steps", "40", "--trainer.limit_train_batches", "100", "--pruning.method", "wanda"]
+    more += ["--model.name_or_path", str(bytes_folder)]
+    command = [sys.executable, "-m", "maiht_lightning.cli", "fit", *options, *more]
+    environment = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "src"), "OMP_NUM_THREADS": "1"}
+    with open("out.log", "w") as log:
+        process = subprocess.Popen([*command, "--output_dir", "out"], env=environment, stderr=log)
+    pattern = {"training": "out/**/checkpoints/*.ckpt", "sparse": "out/sparse_checkpoints/*.ckpt"}[moment]
+    deadline = time.monotonic() + 600
+    while not list(tmp_path.glob(pattern)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait() == 128 + number, (tmp_path / "out.log").read_text()[-3000:]
+    said = (tmp_path / "out.log").read_text()
+    assert "maiht: stopping after this training step" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("maiht fit ")]
+    assert (tmp_path / "out" / "resume.ckpt").exists()
+    assert not (tmp_path / "out" / "model_finetuned").exists()
+    again = [sys.executable, "-m", "maiht_lightning.cli", *shlex.split(line)[1:]]
+    assert subprocess.run(again, env=environment, capture_output=True, check=False).returncode == 0
+    main([*command[3:], "--output_dir", "whole"])
+    for name in ("model", "model_finetuned"):
+        one, two = (load_model(str(tmp_path / run / name)) for run in ("whole", "out"))
+        assert same_weights(one, two)
 
 
 @pytest.mark.slow

@@ -85,6 +85,7 @@ def test_a_sparse_fine_tune_resumes_in_its_folder(here):
         "done": 1,
         "pruned_step": 4,
         "earlier": {"epochs": 1, "steps": 4},
+        "trained": False,
         "output_dir": "recovery",
     }
     assert state["FrozenSparsity"] == checkpoint("recovery/interrupted.ckpt")["callbacks"]["FrozenSparsity"]
@@ -154,7 +155,7 @@ def test_class_paths_of_configurations_are_those_of_the_classes(path):
 
 
 def test_states_keep_their_keys():
-    assert MAIHTPruning().state_dict().keys() == {"done", "pruned_step", "earlier", "output_dir"}
+    assert MAIHTPruning().state_dict().keys() == {"done", "pruned_step", "earlier", "trained", "output_dir"}
     assert FrozenSparsity().state_dict() == {"zeros": 0}
     assert (MAIHTPruning().state_key, FrozenSparsity().state_key) == ("MAIHTPruning", "FrozenSparsity")
 

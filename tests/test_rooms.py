@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "maiht_lightning"
 
 # For each room the rooms that it may know; plain data and checks are known to all.
-EVERYWHERE = {"records", "validation"}
+EVERYWHERE = {"records", "validation", "interrupts"}
 KNOWS = {
     "records": set(),
     "validation": set(),
+    "interrupts": set(),
     "distributed": set(),
     "solvers": set(),
     "models": set(),

@@ -12,30 +12,36 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from .callbacks.compatibility import check_trainer, find_callback
 from .callbacks.pruning import MAIHTPruning
+from .callbacks.resume_point import remove_point
 from .commands import COMMANDS
 
 # Imported so that their classes can be given by name alone, as in `--data WikiText2DataModule`.
 from .data import c4, python_docs, wikitext2  # noqa: F401
+from .interrupts import interrupts
 from .reporting.loggers import log_settings
-from .reporting.summary import fresh_run_folder
+from .reporting.summary import Summary, fresh_run_folder
+from .reporting.wandb_rows import WandbRows
 from .training.module import CausalLMModule
+from .training.run_state import RunState, last_point, move_aside, new_wandb_id, resume_command
 from .training.sparse_finetune import SparseFinetune, saved_phase, saved_pruning, sparse_finetune
 from .training.trainer import PruningTrainer
 
 # Set by the first process for those that it starts.
-RUN_FOLDER = "MAIHT_RUN_FOLDER"
+RUN_FOLDER, RESUMES = "MAIHT_RUN_FOLDER", "MAIHT_RESUMES"
 
 USER_ERRORS = (MisconfigurationException, ValueError, TypeError, OSError, ModuleNotFoundError)
 
@@ -49,16 +55,24 @@ class RunConfig(SaveConfigCallback):
         if self.already_saved or not trainer.is_global_zero:
             return
         self.already_saved = True
-        config = self.config.clone()
-        # Used again, the configuration starts a run of its own and does not write over this one.
-        for key in ("output_dir", "trainer.default_root_dir", "config"):
-            if key in config:
-                config[key] = None
-        for settings in logger_settings(config):
-            settings.save_dir = "."
         path = Path(trainer.default_root_dir) / "config.yaml"
-        self.parser.save(config, str(path), skip_unset=False, overwrite=True, multifile=False, skip_validation=True)
-        log_settings(trainer.loggers, yaml.safe_load(path.read_text()))
+        text = self.parser.dump(portable(self.config), skip_unset=False, skip_validation=True)
+        path.write_text(text)
+        log_settings(trainer.loggers, yaml.safe_load(text))
+
+
+def portable(config: Namespace) -> Namespace:
+    """A configuration without what is a single run's own: used again, it starts another and does not write over it."""
+    config = config.clone()
+    for key in ("output_dir", "trainer.default_root_dir", "config"):
+        if key in config:
+            config[key] = None
+    config.fresh = False
+    for settings in logger_settings(config):
+        settings.save_dir = "."
+    for settings in _wandb_settings(config):
+        settings.id = None
+    return config
 
 
 def logger_settings(config: Namespace) -> list[Namespace]:
@@ -68,10 +82,24 @@ def logger_settings(config: Namespace) -> list[Namespace]:
     return [s for s in settings if s is not None and "save_dir" in s]
 
 
+def _wandb_settings(config: Namespace) -> list[Namespace]:
+    """The settings of the configured W&B loggers."""
+    return [settings for settings in logger_settings(config) if "project" in settings and "id" in settings]
+
+
 class MAIHTCLI(LightningCLI):
-    """LightningCLI with sections `pruning` and `sparse_finetune` and a folder for the run."""
+    """LightningCLI with sections `pruning` and `sparse_finetune` and a folder for the run.
+
+    Attributes:
+        folder: The folder of the run that is at work in this process.
+    """
+
+    folder: ClassVar[Path | None] = None
 
     def __init__(self, args: list[str] | None = None) -> None:
+        # Whether an earlier process has begun the run, and what is known to have failed in it.
+        self.resumes, self.failures = False, list[dict[str, str]]()
+        MAIHTCLI.folder = None
         super().__init__(
             CausalLMModule,
             LightningDataModule,
@@ -110,13 +138,18 @@ class MAIHTCLI(LightningCLI):
             default=None,
             help="Folder of the run (default: a fresh one in runs/).",
         )
+        parser.add_argument(
+            "--fresh",
+            action="store_true",
+            help="Start over where output_dir holds a run; its folder is renamed, as to NAME.1.",
+        )
         parser.add_lightning_class_args(MAIHTPruning, "pruning")
         parser.link_arguments("output_dir", "pruning.output_dir")
         parser.add_class_arguments(SparseFinetune, "sparse_finetune")
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Put the run and its loggers into the run's folder."""
+        """Put the run and its loggers into the run's folder, and see what is done of it."""
         config = self.config[self.subcommand]
         saved = saved_pruning(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path else None
         # A fit that continues after its pruning does so in the folder in which that left its report.
@@ -124,37 +157,109 @@ class MAIHTCLI(LightningCLI):
         folder = config.output_dir or going_on or _folder_of_all_processes()
         if config.sparse_finetune.distillation:
             config.pruning.save_dense = True
+        if self.subcommand in ("fit", "prune"):
+            self._find_state(config, Path(folder))
         config.output_dir = config.trainer.default_root_dir = config.pruning.output_dir = folder
         for settings in logger_settings(config):
             if settings.save_dir in (None, "."):
                 # Absolute, since W&B's own process may have been started in another folder.
                 settings.save_dir = str(Path(folder).absolute())
 
+    def _find_state(self, config: Namespace, folder: Path) -> None:
+        """Compare the run with the one in its folder, and go on with that.
+
+        Raises:
+            MisconfigurationException: The folder's run is another one.
+        """
+        if config.fresh and _is_first_process() and folder.exists():
+            print(f"maiht: the run in {folder} is now in {move_aside(folder)}", file=sys.stderr)
+        text = self._parser(self.subcommand).dump(portable(config), skip_unset=False, skip_validation=True)
+        asked = RunState(str(self.subcommand), yaml.safe_load(text))
+        # Whoever names a checkpoint to fit from knows better than the folder.
+        found = None if self.subcommand == "fit" and config.ckpt_path else RunState.read(folder)
+        if found is None:
+            found = asked
+        elif differences := found.differences(asked):
+            raise MisconfigurationException(
+                f"the run in {folder} has other settings: {'; '.join(differences)}. Give it those that it has, or "
+                f"another --output_dir, or --fresh to start over"
+            )
+        else:
+            self.resumes = not found.finished
+        if _is_first_process():
+            os.environ[RESUMES] = str(int(self.resumes))
+        else:
+            # What the first process has written since is nothing to resume.
+            self.resumes = os.environ.get(RESUMES, "0") == "1"
+        for index, settings in enumerate(_wandb_settings(config)):
+            if index == len(found.wandb_ids):
+                found.wandb_ids.append(settings.id or settings.version or new_wandb_id())
+            settings.id = found.wandb_ids[index]
+        self.state = found
+
     def fit(self, model: LightningModule, ckpt_path: str | None = None, **data: Any) -> None:
-        """Train and prune, and train on if asked to; a checkpoint is continued in the phase that has written it."""
+        """Train and prune, and train on if asked to; a run that was begun resumes where it was."""
         settings: SparseFinetune = self.config_init[self.subcommand].sparse_finetune
+        pruning = find_callback(self.trainer, MAIHTPruning)
+        assert pruning is not None  # a section of the configuration
+        pruning.expects_finetune, pruning.keeps_point = settings.wanted, True
         going_on = ckpt_path is not None and saved_phase(ckpt_path) is not None
+        point = last_point(Path(self.trainer.default_root_dir)) if self.resumes else None
+        if point is not None:
+            print(f"maiht: the run resumes after step {point.step}, from {point.path}", file=sys.stderr)
+            going_on = point.is_sparse
+            ckpt_path = str(point.path) if going_on else None
+            pruning.resume_from = None if going_on else point.path
         if going_on and not settings.wanted:
             raise MisconfigurationException(
                 f"{ckpt_path} was written by a sparse fine-tune: to go on, give its max_epochs or max_steps"
             )
+        weights_only = data.pop("weights_only", None)
         if not going_on:
-            pruning = find_callback(self.trainer, MAIHTPruning)
-            if pruning is not None and settings.wanted:
+            if settings.wanted:
                 # Known now, and not only when the first phase is over.
                 check_trainer(self.trainer, pruning, trains_on=True)
-            weights_only = data.pop("weights_only", None)
             self.trainer.fit(model, ckpt_path=ckpt_path, weights_only=weights_only, **data)
             ckpt_path = None
         if settings.wanted:
-            data.pop("weights_only", None)
             sparse_finetune(self.trainer, model, settings, ckpt_path=ckpt_path, **data)
+        self._finish(pruning)
+
+    def prune(self, model: LightningModule, **data: Any) -> None:
+        """Prune without training; a run that was begun resumes where it was."""
+        pruning = find_callback(self.trainer, MAIHTPruning)
+        assert pruning is not None  # a section of the configuration
+        pruning.resumes = self.resumes
+        self.trainer.prune(model, **data)  # type: ignore[attr-defined]
+        self._finish(pruning)
+
+    def _finish(self, pruning: MAIHTPruning) -> None:
+        """Note that the run is done, and what of it failed."""
+        folder = Path(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero:
+            self.state.finished = True
+            self.state.write(folder)
+        remove_point(self.trainer, folder)
+        self.failures = pruning.summary.failures
 
     @override
     def after_instantiate_classes(self) -> None:
         """Make the run's folder, now that the settings are known to be right."""
+        folder = Path(self.trainer.default_root_dir)
         # Where it is missing, W&B may write to the system's temporary folder instead.
-        Path(self.trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.subcommand not in ("fit", "prune"):
+            return
+        if self.state.finished:
+            failures = Summary.read(folder).failures
+            print(f"maiht: the run in {folder} is finished; --fresh starts it over", file=sys.stderr)
+            raise SystemExit(_report_failures(failures))
+        MAIHTCLI.folder = folder
+        if _is_first_process():
+            self.state.write(folder)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                WandbRows(logger, folder / f"wandb-{logger.version}.jsonl")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -166,15 +271,42 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     given = sys.argv[1:] if args is None else args
     try:
-        if given and given[0] in COMMANDS:
-            COMMANDS[given[0]](given[1:])
-        else:
-            MAIHTCLI(args)
+        with interrupts.listening():
+            if given and given[0] in COMMANDS:
+                COMMANDS[given[0]](given[1:])
+            else:
+                failures = MAIHTCLI(args).failures
+                if failures:
+                    raise SystemExit(_report_failures(failures))
+    except (SystemExit, KeyboardInterrupt) as stop:
+        if interrupts.signum is None:
+            raise
+        _tell_resumption(given)
+        raise SystemExit(128 + interrupts.signum) from stop
     except USER_ERRORS as error:
         if os.environ.get("MAIHT_TRACEBACK") or _is_internal(error):
             raise
         print(f"maiht: error: {error}\n(MAIHT_TRACEBACK=1 shows where.)", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _tell_resumption(args: Sequence[str]) -> None:
+    """Print the command that resumes the run at work, if there is one."""
+    if MAIHTCLI.folder is not None and _is_first_process():
+        command = resume_command(args, str(MAIHTCLI.folder))
+        print(f"maiht: stopped; nothing that was finished is lost. To resume:\n{command}", file=sys.stderr)
+
+
+def _report_failures(failures: list[dict[str, str]]) -> int:
+    """Print what failed beside the pruning; returns the exit status."""
+    for failure in failures:
+        print(f"maiht: failed: {failure['phase']}: {failure['message']}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that has started all others of the run, as far as the environment tells."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
 
 
 def _folder_of_all_processes() -> str:

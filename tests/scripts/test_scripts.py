@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from math import floor
 from pathlib import Path
 from statistics import fmean
@@ -360,3 +362,13 @@ def test_the_papers_configuration(here, folder):
     assert not list(Path("run").rglob("*.ckpt"))
     assert not Path("run/model_dense").exists()
     assert not os.path.exists("lightning_logs")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # five processes, beside whatever else runs
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    """A short form of the script that kills runs."""
+    command = [sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "2", "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "2 of 2 resumed runs came to the same." in done.stdout

@@ -28,6 +28,14 @@ def reset_monitors(trainer: Trainer, folder: Path | None = None) -> None:
             stopping.best_score = torch.tensor(torch.inf if stopping.mode == "min" else -torch.inf)
 
 
+def note_saved(trainer: Trainer) -> None:
+    """Let `ModelCheckpoint`s know that this step was saved: they do not remember it when they are restored."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
+            callback._last_global_step_saved = trainer.global_step
+            callback._last_checkpoint_saved = callback.last_model_path
+
+
 def _forget_checkpoints(callback: ModelCheckpoint) -> None:
     callback.best_k_models = {}
     callback.best_model_path = callback.kth_best_model_path = callback.last_model_path = ""

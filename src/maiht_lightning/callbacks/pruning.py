@@ -1,5 +1,6 @@
 """`MAIHTPruning`: prune the model at the end of a fit, or in the middle of it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,18 +8,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
 from ..capture.hidden_states import Storage, check_storage
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource
 from ..evaluation.evaluation import Evaluation
+from ..interrupts import interrupts
 from ..models.offload import is_sharded
 from ..models.sparsity import count_zeros, layers_that_lost_zeros, measured_sparsity
 from ..pruning.journal import read_records
 from ..pruning.pruner import has_pattern
-from ..records import PruningReport
+from ..records import LayerRecord, PruningReport
 from ..reporting.summary import Summary
 from ..solvers import MAIHTConfig, PruningSpec
 from ..validation import check_at_least
@@ -31,8 +33,9 @@ from .compatibility import (
 )
 from .frozen import FrozenSparsity
 from .language_model import find_language_model
-from .monitors import reset_monitors
-from .pruning_run import PruningRun, prepare_run
+from .monitors import note_saved, reset_monitors
+from .pruning_run import PruningRun, check_disk, prepare_run
+from .resume_point import RESUME_POINT, remove_point, restore_point, save_point
 from .schedule import parse_schedule
 
 
@@ -48,6 +51,11 @@ class MAIHTPruning(Callback):
     callbacks forget the dense model's scores, and at the end the result is measured as stage `finetuned` and saved as
     `model_finetuned/`. That is so in a fit that continues after `prune_at`, in `sparse_finetune`, and where a
     `FrozenSparsity` stands beside this callback and the model comes with the zeros asked for.
+
+    The model as trained is on disk in `output_dir` before its first block changes. A process that dies after that costs
+    no training: the next fit with the same `output_dir` takes the model from there, goes on with the first unfinished
+    block, and repeats no measurement. What cannot be measured or reported is a warning, stands in `summary.json`, and
+    costs no model.
 
     Note:
         `ModelCheckpoint`'s files from before the pruning are dense: use `output_dir/model`. Averaging callbacks
@@ -129,6 +137,18 @@ class MAIHTPruning(Callback):
         self.done = self._pruned_step = 0
         # Epochs and optimizer steps of the fit that pruned the model, where `sparse_finetune` has begun another one.
         self.previous_fit: dict[str, int] | None = None
+        # Whether the fit has made its last step. Only resume points are written then.
+        self.trained = False
+        # A checkpoint from which the next fit resumes. None: from the resume point in `output_dir`, if there is one.
+        self.resume_from: Path | None = None
+        # Whether `sparse_finetune` follows, so that the pruned model is a point to resume from as well.
+        self.expects_finetune = False
+        # Whether somebody else removes the resume point, when all of a run is done.
+        self.keeps_point = False
+        # Whether an earlier process has begun what is done now.
+        self.resumes = False
+        # The Trainer's limits, while they are lifted for a fit that has no step to make.
+        self._limits: tuple[int | None, int] | None = None
         # Made by `prepare`, anew in each fit.
         self._run: PruningRun | None = None
 
@@ -161,6 +181,7 @@ class MAIHTPruning(Callback):
         """Refuse Trainers that would undo or split the pruning; see to it that zeros are kept."""
         if stage != "fit":
             return
+        self.trained = False
         trains_on = self.done > 0 or self.schedule[0].unit != "end"
         check_trainer(trainer, self, trains_on=trains_on)
         check_offload(trainer, self.offload, compact=self.compact)
@@ -176,22 +197,32 @@ class MAIHTPruning(Callback):
         """Resume where the checkpoint was written, and in its run's folder, unless another is given."""
         self.done, self._pruned_step = state_dict["done"], state_dict["pruned_step"]
         self.previous_fit = state_dict["earlier"]
+        # Absent in checkpoints of older versions.
+        self.trained = state_dict.get("trained", False)
         # Before the pruning there is nothing in the folder to resume with, and other settings make another run.
         if self.output_dir is None and self.done and state_dict.get("output_dir") is not None:
             self.output_dir = Path(state_dict["output_dir"])
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check everything that pruning will need, and draw its texts."""
+        """Check everything that pruning will need, and draw its texts; resume what an earlier process has begun."""
+        if (point := self._resume_point(trainer)) is not None:
+            restore_point(trainer, point)
+            self.resumes = True
         # Only now it is known whether the fit resumes from a checkpoint of a pruned model.
         self._tell_frozen(trainer)
         self.prepare(trainer, pl_module)
-        if self.done:
-            self._reload()
+        check_disk(self, trainer, pl_module, trains=True)
+        if self.resumes and (self.trained or trainer.fit_loop.done):
+            # A fit that has nothing to train would be left out as a whole, and with it the hooks in which to prune.
+            self._limits = trainer.fit_loop.max_epochs, trainer.max_steps
+            trainer.fit_loop.max_epochs = trainer.fit_loop.epoch_loop.max_steps = -1
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the time; see whether there is anything to prune."""
+        """Note the time; see whether there is anything to train, and to prune."""
+        if self._limits is not None:
+            self._leave_out_training(trainer)
         check_reachable(self.schedule[self.done :], trainer)
         trains_sparse = self.done == 0 and find_callback(trainer, FrozenSparsity) is not None
         if trains_sparse and has_pattern(self.run.model, self.spec.pattern):
@@ -199,6 +230,7 @@ class MAIHTPruning(Callback):
             self.done, self._pruned_step = len(self.schedule), trainer.global_step
             self.run.measure("pruned")
         self.run.recorder.start_clock()
+        interrupts.training = True
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -208,6 +240,7 @@ class MAIHTPruning(Callback):
         """
         while not self.pruned and self.schedule[self.done].is_due(trainer.current_epoch, trainer.global_step):
             self.run.recorder.stop_clock("fit")
+            interrupts.training = False
             with quiet_progress_bar(trainer):
                 if self.done + 1 == len(self.schedule):
                     self.prune_and_record(trainer, pl_module)
@@ -219,6 +252,7 @@ class MAIHTPruning(Callback):
             frozen.freeze(trainer, pl_module)
             reset_monitors(trainer)
             self.run.recorder.start_clock()
+            interrupts.training = True
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -227,28 +261,39 @@ class MAIHTPruning(Callback):
             "done": self.done,
             "pruned_step": self._pruned_step,
             "earlier": self.previous_fit,
+            "trained": self.trained,
             "output_dir": None if self.output_dir is None else str(self.output_dir),
         }
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune, or measure what became of the pruned model, while the model, its device and loggers are alive."""
-        if self.pruned:
-            if trainer.global_step > self._pruned_step:
-                self.run.recorder.stop_clock("finetune")
-                with quiet_progress_bar(trainer):
+        interrupts.training = False
+        if not (self.pruned and trainer.global_step <= self._pruned_step):
+            self.run.recorder.stop_clock("finetune" if self.pruned else "fit")
+            for optimizer in trainer.optimizers:
+                # Its moments are of no more use, and for Adam twice as large as the model.
+                optimizer.state.clear()
+            if not self.trained:
+                self.trained = True
+                save_point(trainer, self.run.recorder.folder)
+            with quiet_progress_bar(trainer):
+                if self.pruned:
                     self.run.finish_finetuning(self.report)
-            return
+                else:
+                    self._prune_trained(trainer, pl_module)
+        if not self.keeps_point:
+            remove_point(trainer, self.run.recorder.folder)
+
+    def _prune_trained(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune at the end of a fit."""
         step = self.schedule[self.done]
         if step.unit != "end" and not step.is_due(trainer.current_epoch, trainer.global_step):
             rank_zero_warn(f"the fit ended before {step.name}: the model is pruned now")
-        self.run.recorder.stop_clock("fit")
-        for optimizer in trainer.optimizers:
-            # Its moments are of no more use, and for Adam twice as large as the model.
-            optimizer.state.clear()
-        with quiet_progress_bar(trainer):
-            self.prune_and_record(trainer, pl_module)
+        self.prune_and_record(trainer, pl_module)
         self._restore_model(trainer, pl_module)
+        if self.expects_finetune:
+            save_point(trainer, self.run.recorder.folder)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,6 +303,11 @@ class MAIHTPruning(Callback):
                 "the fit ended without pruning, since it had nothing to train (no steps or epochs left, or a "
                 "finished checkpoint). The model is still dense. To prune it without training: `maiht prune`, or "
                 "maiht_lightning.prune(model, windows)."
+            )
+        if failures := self.summary.failures:
+            rank_zero_warn(
+                f"{len(failures)} things failed beside the pruning, and the run continued without them: "
+                + "; ".join(f"{each['phase']}: {each['message']}" for each in failures)
             )
         model, records = self.run.model, [] if self.report is None else self.report.layers
         if lost := layers_that_lost_zeros(model, records):
@@ -281,6 +331,21 @@ class MAIHTPruning(Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what is trained where the Trainer was told to stop, which it does between two batches."""
+        was_training, interrupts.training = interrupts.training, False
+        self._limits = None
+        if was_training and isinstance(exception, SIGTERMException):
+            loop: Any = trainer.fit_loop
+            if loop.epoch_progress.current.processed == loop.epoch_progress.current.started:
+                # Between two epochs; a loop that resumes would take the one before for a part of the next.
+                loop.epoch_loop.batch_progress.reset_on_run()
+            elif loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+                # A loop that resumes after its validation counts this batch's step by itself.
+                loop.epoch_loop._batches_that_stepped -= 1
+            save_point(trainer, self.run.recorder.folder)
+
     # ---- The work, also for `maiht prune`
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -291,6 +356,8 @@ class MAIHTPruning(Callback):
         """
         self._run = prepare_run(self, trainer, pl_module, self._run)
         self.output_dir = self._run.recorder.folder
+        if self.done or self.resumes:
+            self._reload()
 
     def prune_and_record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do the last step of the schedule, whatever is done of the others: measure, prune, save, measure, report.
@@ -314,11 +381,18 @@ class MAIHTPruning(Callback):
         report = self.run.prune(
             step.spec.keeping_zeros() if has_frozen else step.spec,
             journal="journal" if is_last else f"journal_{step.name.replace(':', '_')}",
-            # W&B has room for one set of curves over the blocks: the last step's.
-            on_block=self.run.recorder.block if is_last else None,
+            on_block=partial(self._after_block, trainer, is_last),
         )
         self.done, self._pruned_step = self.done + 1, trainer.global_step
         return report
+
+    def _after_block(self, trainer: Trainer, is_last: bool, records: list[LayerRecord]) -> None:
+        """Log a finished block, and stop after it where Lightning has noted SIGTERM, as it does in own code."""
+        # W&B has room for one set of curves over the blocks: the last step's.
+        if is_last:
+            self.run.recorder.block(records)
+        if trainer.received_sigterm and trainer.world_size == 1:
+            raise SIGTERMException
 
     def _restore_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move a model that was pruned in host memory back to the device on which it is trained."""
@@ -330,11 +404,44 @@ class MAIHTPruning(Callback):
         return self.offload == "cpu" and not is_sharded(pl_module)
 
     def _reload(self) -> None:
-        """Read what an earlier process has written of this run, so that the stages before are not lost."""
-        self.run.recorder.reload()
-        records = read_records(self.run.recorder.folder / "journal")
-        if self.pruned and self.report is None and records:
-            self.report = PruningReport(records)
+        """Read what an earlier process has written of this run, and tell the loggers of this one."""
+        recorder = self.run.recorder
+        recorder.reload(keep_finetuned=self.trained)
+        records = read_records(recorder.folder / "journal")
+        if self.pruned and self.report is None:
+            self.report = PruningReport(records) if records else None
+            recorder.begin(self.run.model)
+            recorder.resume_finetuning(records)
+
+    def _resume_point(self, trainer: Trainer) -> Path | None:
+        """The checkpoint from which this fit resumes; None where the Trainer was given one, or in a later fit."""
+        if self.resume_from is not None:
+            point, self.resume_from = self.resume_from, None
+            return point
+        if trainer.ckpt_path is not None or self.done or self.output_dir is None:
+            return None
+        point = self.output_dir / RESUME_POINT
+        return point if point.exists() else None
+
+    def _leave_out_training(self, trainer: Trainer) -> None:
+        """Let the training loop end before its first batch, with its counters as they were when it ended."""
+        assert self._limits is not None
+        loop: Any = trainer.fit_loop
+        loop.max_epochs, loop.epoch_loop.max_steps = self._limits
+        self._limits = None
+        epochs = loop.epoch_progress
+        if epochs.current.processed < epochs.current.started:
+            # A checkpoint from the last step of a fit that ended within an epoch, which is counted as done.
+            epochs.increment_processed()
+            epochs.increment_completed()
+        if loop.epoch_loop.restarted_on_train_batch_end:
+            # One from within the step, which the loop counts when the next batch comes.
+            loop.epoch_loop._batches_that_stepped += 1
+        # The setter of the loop itself takes a fit that counts steps for one that goes on.
+        loop.epoch_loop.restarting = False
+        loop.on_iteration_done()
+        trainer.should_stop = True
+        note_saved(trainer)
 
     def _tell_frozen(self, trainer: Trainer) -> None:
         """Let a `FrozenSparsity` know whether the zeros are still to come."""

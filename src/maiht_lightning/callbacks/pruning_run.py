@@ -1,5 +1,6 @@
 """What is done with a model in a pruning run; `MAIHTPruning` says when."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -21,12 +22,13 @@ from ..models.blocks import find_blocks, refuse_adapters, weight_of
 from ..models.sparsity import count_zeros, measured_sparsity
 from ..pruning.journal import drop_weights
 from ..pruning.pruner import check_windows, prune_model
-from ..records import LayerRecord, PruningReport
+from ..records import LayerRecord, PruningReport, StageResult
 from ..reporting.recorder import RunRecorder
 from ..reporting.summary import Summary, fresh_run_folder
 from ..solvers import PruningSpec
 from .compatibility import check_sharded, process_group
 from .language_model import find_language_model, find_tokenizer
+from .resume_point import RESUME_POINT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +105,8 @@ class PruningRun:
         self.save("model")
         self.recorder.pruned(report)
         if self.recorder.loggers and self.process_group is None:
-            self.recorder.summary.predicted = self._predict(spec)
+            with self.recorder.guarded("predict"):
+                self.recorder.summary.predicted = self._predict(spec)
         self.measure("pruned")
         self.recorder.finish_pruning(report)
         # A model on disk reads its pruned weights from the journal.
@@ -119,14 +122,27 @@ class PruningRun:
         self.recorder.finish_finetuning([] if report is None else report.layers)
 
     def save(self, name: str) -> None:
-        """Save the model in the run's folder."""
-        self.recorder.save(self.model, self.tokenizer, name)
+        """Save the model in the run's folder, unless an earlier process of the run has done so."""
+        if name not in self.recorder.summary.saved:
+            self.recorder.save(self.model, self.tokenizer, name)
 
     def measure(self, stage: str) -> None:
-        """Measure the model, and record the figures as a stage of the run."""
-        with self.recorder.timed("evaluate"), self.forward_context():
+        """Measure the model, and record the figures as a stage of the run, unless an earlier process has done so.
+
+        What fails is recorded and left out.
+        """
+        if stage in self.recorder.summary.stages:
+            return
+        found = StageResult()
+        with self.recorder.timed("evaluate"), self.recorder.guarded(f"evaluate {stage}"), self.forward_context():
             found = self.evaluation.measure(
-                self.model, self.tokenizer, stage=stage, device=self.device, process_group=self.process_group
+                self.model,
+                self.tokenizer,
+                stage=stage,
+                device=self.device,
+                process_group=self.process_group,
+                on_failure=lambda what, error: self.recorder.failed(f"evaluate {stage}, {what}", error),
+                on_retry=self.recorder.note,
             )
         self.recorder.stage(stage, found)
 
@@ -197,6 +213,44 @@ def prepare_run(
         keep_journal=pruning.keep_journal,
         forward_context=trainer.precision_plugin.forward_context,
     )
+
+
+def check_disk(pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningModule, *, trains: bool) -> None:
+    """Refuse a run whose trained model, journal and results the disk has no room for, before it has cost anything.
+
+    Args:
+        pruning: The callback, after `prepare`.
+        trainer: Its Trainer.
+        pl_module: Holds the model.
+        trains: Whether the model is trained first, and so kept as it is then.
+
+    Raises:
+        MisconfigurationException: There is too little room; the message has the sum.
+    """
+    folder = pruning.run.recorder.folder
+    module = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+    model = pruning.run.model
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = [weight_of(linear) for _, linear in find_blocks(model).linears()]
+    blocks = sum(weight.numel() * weight.element_size() for weight in weights)
+    results = {RESUME_POINT: module} if trains else {}
+    results |= {"journal": blocks, "model": size}
+    if pruning.save_dense:
+        results["model_dense"] = size
+    if pruning.compact:
+        bitmasks = sum(weight.numel() for weight in weights) // 8
+        results["model_compact"] = size - int(pruning.spec.sparsity * blocks) + bitmasks
+    if pruning.expects_finetune or len(pruning.schedule) > 1 or pruning.schedule[0].unit != "end":
+        results["model_finetuned"] = size
+    needed = {name: count for name, count in results.items() if not (folder / name).exists()}
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = trainer.strategy.broadcast(shutil.disk_usage(existing).free)
+    if sum(needed.values()) > free:
+        parts = " + ".join(f"{name} {count / 1e9:.2f} GB" for name, count in needed.items())
+        raise MisconfigurationException(
+            f"the run needs {sum(needed.values()) / 1e9:.2f} GB in {folder} ({parts}), but its disk has "
+            f"{free / 1e9:.2f} GB left: make room, or give another output_dir"
+        )
 
 
 def _find_again(module: "ref[LightningModule]", name: str | None) -> "PreTrainedModel":

@@ -1,7 +1,8 @@
 """`Evaluation`: which texts and tasks a model is measured by, and the measuring."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,8 +91,12 @@ class LoadedEvaluation:
         progress: bool = True,
         device: torch.device | None = None,
         process_group: ProcessGroup | None = None,
+        on_failure: Callable[[str, Exception], None] | None = None,
+        on_retry: Callable[[str], None] = lambda _: None,
     ) -> StageResult:
         """Measure a model.
+
+        Where memory runs out in one process, the batch is halved until it is one window.
 
         Args:
             model: A Hugging Face causal language model.
@@ -100,36 +105,72 @@ class LoadedEvaluation:
             progress: Show progress bars.
             device: Where to compute; by default where the model is.
             process_group: Processes that share the work and all get the result; see `perplexity`.
+            on_failure: Called with the name of a text or task that could not be measured and with the error; it is left
+                out of the result. None: the error is raised.
+            on_retry: Called with a sentence where memory ran out.
 
         Returns:
             The perplexities by text, and the tasks' metrics by task.
         """
-        perplexities = {
-            name: perplexity(
+
+        def measured(what: str, work: Callable[[int], Any]) -> Any:
+            """What some work gives that takes a batch size; None where it failed."""
+            try:
+                return _with_room(what, work, self.settings.batch_size, on_retry, retries=process_group is None)
+            except Exception as error:
+                if on_failure is None:
+                    raise
+                on_failure(what, error)
+                return None
+
+        def text(name: str, batch_size: int) -> float:
+            return perplexity(
                 model,
-                windows,
-                batch_size=self.settings.batch_size,
+                self.windows[name],
+                batch_size=batch_size,
                 progress=progress,
                 description=f"Perplexity {name} {stage}".strip(),
                 device=device,
                 process_group=process_group,
             )
-            for name, windows in self.windows.items()
-        }
-        if not self.tasks:
-            return StageResult(perplexities)
-        tasks = zero_shot(
-            model,
-            tokenizer,
-            self.tasks,
-            limit=self.settings.limit,
-            batch_size=self.settings.batch_size,
-            progress=progress,
-            description=f"Tasks {stage}".strip(),
-            device=device,
-            process_group=process_group,
+
+        def task(name: str, batch_size: int) -> dict[str, float]:
+            found = zero_shot(
+                model,
+                tokenizer,
+                {name: self.tasks[name]},
+                limit=self.settings.limit,
+                batch_size=batch_size,
+                progress=progress,
+                description=f"Task {name} {stage}".strip(),
+                device=device,
+                process_group=process_group,
+            )
+            return found[name]
+
+        perplexities = {name: measured(name, partial(text, name)) for name in self.windows}
+        tasks = {name: measured(name, partial(task, name)) for name in self.tasks}
+        return StageResult(
+            {name: value for name, value in perplexities.items() if value is not None},
+            {name: metrics for name, metrics in tasks.items() if metrics is not None},
         )
-        return StageResult(perplexities, tasks)
+
+
+def _with_room(
+    what: str, work: Callable[[int], Any], batch_size: int, on_retry: Callable[[str], None], *, retries: bool
+) -> Any:
+    """Do some work in batches of a size, or of half of it as long as memory runs out."""
+    while True:
+        try:
+            return work(batch_size)
+        except torch.OutOfMemoryError:
+            if not retries or batch_size == 1:
+                raise
+        # Outside of the handler, whose traceback holds the tensors.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        on_retry(f"{what}: memory ran out with batch_size {batch_size}, so it is measured with {batch_size // 2}")
+        batch_size //= 2
 
 
 def context_length(model: nn.Module) -> int:

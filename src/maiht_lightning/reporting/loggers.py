@@ -1,6 +1,6 @@
 """Writing a pruning to Lightning's loggers: W&B gets curves over the blocks, tables and figures, others get metrics.
 
-Logging must never cost a pruned model: what a logger raises is turned into a warning.
+Logging must never cost a pruned model: what a logger raises is returned, a message per logger, and the others go on.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,18 +9,17 @@ from statistics import fmean
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
 
 from ..records import LayerRecord, StageResult, Stages
 from .summary import LAYER_COLUMNS, Summary, layer_rows
 
 
-def log_settings(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
+def log_settings(loggers: Sequence[Logger], settings: dict[str, Any]) -> list[str]:
     """Log settings as hyperparameters; nested dictionaries are fine."""
-    _each(loggers, lambda logger: logger.log_hyperparams(settings))
+    return _each(loggers, lambda logger: logger.log_hyperparams(settings))
 
 
-def start_pruning(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
+def start_pruning(loggers: Sequence[Logger], settings: dict[str, Any]) -> list[str]:
     """Tell the loggers the settings and versions, and W&B that pruning has an x axis of its own."""
 
     def start(logger: Logger) -> None:
@@ -28,11 +27,10 @@ def start_pruning(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
             logger.experiment.define_metric("prune/block")
             logger.experiment.define_metric("prune/*", step_metric="prune/block")
 
-    _each(loggers, start)
-    log_settings(loggers, settings)
+    return _each(loggers, start) + log_settings(loggers, settings)
 
 
-def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step: int) -> None:
+def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step: int) -> list[str]:
     """Log a finished block: its error, that of each layer, and the solver's time in seconds."""
     block = records[0].block
     metrics: dict[str, float] = {
@@ -49,34 +47,33 @@ def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step
         # W&B must see its step rise and has `prune/block` for the axis; other loggers have only the step.
         logger.log_metrics(metrics, step=global_step if isinstance(logger, WandbLogger) else block)
 
-    _each(loggers, write)
+    return _each(loggers, write)
 
 
-def log_sparsity(loggers: Sequence[Logger], name: str, sparsity: float, global_step: int) -> None:
+def log_sparsity(loggers: Sequence[Logger], name: str, sparsity: float, global_step: int) -> list[str]:
     """Log the fraction of zeros at a stage as `STAGE/sparsity`."""
-    _each(loggers, lambda logger: logger.log_metrics({f"{name}/sparsity": sparsity}, step=global_step))
+    return _each(loggers, lambda logger: logger.log_metrics({f"{name}/sparsity": sparsity}, step=global_step))
 
 
-def log_stage(loggers: Sequence[Logger], name: str, stage: StageResult, global_step: int) -> None:
+def log_stage(loggers: Sequence[Logger], name: str, stage: StageResult, global_step: int) -> list[str]:
     """Log what was measured at a stage: `STAGE/perplexity/TEXT`, `STAGE/tasks/TASK/METRIC`, `STAGE/mean_accuracy`."""
     metrics = {f"{name}/perplexity/{text}": value for text, value in stage.perplexity.items()}
     for task, found in stage.tasks.items():
         metrics |= {f"{name}/tasks/{task}/{metric}": value for metric, value in found.items()}
     if stage.mean_accuracy is not None:
         metrics[f"{name}/mean_accuracy"] = stage.mean_accuracy
-    if metrics:
-        _each(loggers, lambda logger: logger.log_metrics(metrics, step=global_step))
+    if not metrics:
+        return []
+    return _each(loggers, lambda logger: logger.log_metrics(metrics, step=global_step))
 
 
 def finish_pruning(
     loggers: Sequence[Logger],
     summary: Summary,
-    records: list[LayerRecord],
     tflops: dict[str, float],
     global_step: int,
-) -> None:
-    """Log the counted sparsity, times, memory and TFLOP/s by phase, and once the tables of layers and tasks."""
-    columns, rows = task_table(summary.stages)
+) -> list[str]:
+    """Log the counted sparsity, times, memory and TFLOP/s by phase."""
 
     def finish(logger: Logger) -> None:
         metrics = {
@@ -87,6 +84,16 @@ def finish_pruning(
             **{f"tflops/{phase}": rate for phase, rate in tflops.items()},
         }
         logger.log_metrics(metrics, step=global_step)
+        logger.save()
+
+    return _each(loggers, finish)
+
+
+def log_layers(loggers: Sequence[Logger], summary: Summary, records: list[LayerRecord]) -> list[str]:
+    """Log the tables of layers and tasks to W&B, and what a run is listed by there."""
+    columns, rows = task_table(summary.stages)
+
+    def write(logger: Logger) -> None:
         if isinstance(logger, WandbLogger):
             logger.log_table("prune/layers", columns=list(LAYER_COLUMNS), data=layer_rows(records))
             if rows:
@@ -94,12 +101,11 @@ def finish_pruning(
             logger.experiment.summary.update(
                 {"method": summary.method, "pattern": summary.pattern, "sparsity": summary.sparsity}
             )
-        logger.save()
 
-    _each(loggers, finish)
+    return _each(loggers, write)
 
 
-def log_finetuned(loggers: Sequence[Logger], summary: Summary, global_step: int) -> None:
+def log_finetuned(loggers: Sequence[Logger], summary: Summary, global_step: int) -> list[str]:
     """Log the counted sparsity and times after training on with frozen zeros, and the table of tasks anew."""
     columns, rows = task_table(summary.stages)
 
@@ -110,7 +116,7 @@ def log_finetuned(loggers: Sequence[Logger], summary: Summary, global_step: int)
             logger.log_table("tasks", columns=columns, data=rows)
         logger.save()
 
-    _each(loggers, finish)
+    return _each(loggers, finish)
 
 
 def task_table(stages: Stages) -> tuple[list[str], list[list[Any]]]:
@@ -123,7 +129,7 @@ def task_table(stages: Stages) -> tuple[list[str], list[list[Any]]]:
     return columns, rows
 
 
-def log_figures(loggers: Sequence[Logger], figures: dict[str, Path], global_step: int) -> None:
+def log_figures(loggers: Sequence[Logger], figures: dict[str, Path], global_step: int) -> list[str]:
     """Log PNG files by name as `figures/NAME` to the loggers that take images."""
 
     def draw(logger: Logger) -> None:
@@ -136,10 +142,10 @@ def log_figures(loggers: Sequence[Logger], figures: dict[str, Path], global_step
             for name, path in figures.items():
                 logger.experiment.add_image(f"figures/{name}", imread(path), global_step, dataformats="HWC")
 
-    _each(loggers, draw)
+    return _each(loggers, draw)
 
 
-def log_model(loggers: Sequence[Logger], folder: Path) -> None:
+def log_model(loggers: Sequence[Logger], folder: Path) -> list[str]:
     """Log a model's folder to W&B as an artifact."""
 
     def upload(logger: Logger) -> None:
@@ -150,13 +156,15 @@ def log_model(loggers: Sequence[Logger], folder: Path) -> None:
             artifact.add_dir(str(folder))
             logger.experiment.log_artifact(artifact)
 
-    _each(loggers, upload)
+    return _each(loggers, upload)
 
 
-def _each(loggers: Sequence[Logger], action: Callable[[Logger], None]) -> None:
-    """Do something with each logger. What one raises becomes a warning, and the others get their turn."""
+def _each(loggers: Sequence[Logger], action: Callable[[Logger], None]) -> list[str]:
+    """Do something with each logger; returns what they raise. The others get their turn."""
+    problems = []
     for logger in loggers:
         try:
             action(logger)
         except Exception as error:
-            rank_zero_warn(f"{type(logger).__name__} could not log the pruning: {error!r}. The run continues.")
+            problems.append(f"{type(logger).__name__} could not log the pruning: {type(error).__name__}: {error}")
+    return problems

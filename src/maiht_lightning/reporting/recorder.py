@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ..interrupts import interrupts
 from ..models.compact import save_compact
 from ..models.saving import save_model
 from ..records import LayerRecord, PruningReport, StageResult
@@ -30,7 +31,8 @@ class RunRecorder:
 
     All processes of a run make the same calls; the main one writes. The order of a run is `begin`, `stage("dense")`,
     `block` for each block, `pruned`, `stage("pruned")`, `finish_pruning`, and after training on `stage("finetuned")`
-    and `finish_finetuning`. What the loggers or the report raise becomes a warning: it never costs a pruned model.
+    and `finish_finetuning`. What measurements, loggers or the report raise becomes a warning and one of the summary's
+    `failures`: it never costs a pruned model.
 
     Args:
         folder: The run's folder; made when there is something to write.
@@ -49,14 +51,57 @@ class RunRecorder:
     global_step: Callable[[], int] = lambda: 0
     is_main: bool = True
     compact: bool = False
+    # Whether the loggers know the settings.
+    _told: bool = field(default=False, init=False)
     # When the phase at work began, in seconds of `time.perf_counter`.
     _begun: float = field(default_factory=time.perf_counter, init=False)
 
-    def reload(self) -> None:
-        """Take over what an earlier process has written of this run, but for the stage `finetuned`: it comes anew."""
+    def reload(self, *, keep_finetuned: bool = False) -> None:
+        """Take over what an earlier process has written of this run.
+
+        Args:
+            keep_finetuned: Whether the stage `finetuned` is one that this process goes on with, and none before it.
+        """
         if not self.summary.stages and (self.folder / SUMMARY_FILE).exists():
             self.summary = Summary.read(self.folder)
+        if not keep_finetuned:
             self.summary.stages.pop("finetuned", None)
+            self.summary.saved = [name for name in self.summary.saved if name != "model_finetuned"]
+
+    # ---- What fails beside the pruning
+
+    def failed(self, phase: str, error: Exception | str) -> None:
+        """Note that something failed that the run can do without, and say so, once."""
+        message = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        failure = {"phase": phase, "message": message}
+        if failure not in self.summary.failures:
+            self.summary.failures.append(failure)
+            rank_zero_warn(f"{phase} failed: {message}. The run continues without it, and its summary.json says so.")
+            self._write()
+
+    def note(self, message: str) -> None:
+        """Note that something went otherwise than asked for, and say so, once."""
+        if message not in self.summary.notes:
+            self.summary.notes.append(message)
+            rank_zero_warn(message)
+
+    @contextmanager
+    def guarded(self, phase: str) -> Iterator[None]:
+        """Record what is raised inside as a failure of a phase, and go on."""
+        try:
+            yield
+        except Exception as error:
+            self.failed(phase, error)
+
+    def _log(self, problems: list[str]) -> None:
+        for problem in problems:
+            self.failed("log", problem)
+
+    def _write(self) -> None:
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with interrupts.held():
+                self.summary.write(self.folder)
 
     # ---- Seconds
 
@@ -78,33 +123,37 @@ class RunRecorder:
     # ---- The course of a run
 
     def begin(self, model: "PreTrainedModel") -> None:
-        """Make the run's folder, and if it is new, tell the loggers what is pruned, how, and in which environment."""
+        """Make the run's folder with its summary, and tell the loggers what is pruned and how, once a process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.is_main and not self.summary.stages:
+        if self.is_main and not self._told:
+            self._told = True
+            # Another run's summary, if there is one, must not be taken for this one's from here on.
+            self._write()
             described = {"class": type(model).__name__, "name_or_path": model.config.name_or_path}
-            log.start_pruning(
-                self.loggers, {"pruned_model": described, "pruned_with": self.settings, "environment": environment()}
-            )
+            settings = {"pruned_model": described, "pruned_with": self.settings, "environment": environment()}
+            self._log(log.start_pruning(self.loggers, settings))
 
     def save(self, model: "PreTrainedModel", tokenizer: Any, name: str) -> None:
         """Save the model in the folder, and unless it is the dense one its compact files."""
-        save_model(model, self.folder / name, tokenizer, writes=self.is_main)
-        if self.compact and name != "model_dense" and self.is_main:
-            save_compact(model, self.folder / "model_compact", tokenizer=tokenizer)
+        with interrupts.held():
+            save_model(model, self.folder / name, tokenizer, writes=self.is_main)
+            if self.compact and name != "model_dense" and self.is_main:
+                save_compact(model, self.folder / "model_compact", tokenizer=tokenizer)
+            self.summary.saved.append(name)
+            self._write()
 
     def stage(self, name: str, found: StageResult) -> None:
-        """Add what was measured at a stage to the summary, write that, and log it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.summary.stages[name] = found
-        self.summary.peak_memory_bytes = peak_memory_bytes()
+        """Log what was measured at a stage, add it to the summary, and write that: a stage in it is done."""
         if self.is_main:
-            self.summary.write(self.folder)
-            log.log_stage(self.loggers, name, found, self.global_step())
+            self._log(log.log_stage(self.loggers, name, found, self.global_step()))
+        self.summary.stages[name] = found
+        self.summary.peak_memory_bytes = max(self.summary.peak_memory_bytes, peak_memory_bytes())
+        self._write()
 
     def block(self, records: list[LayerRecord]) -> None:
         """Log a finished block."""
         if self.is_main:
-            log.log_block(self.loggers, records, self.global_step())
+            self._log(log.log_block(self.loggers, records, self.global_step()))
 
     def pruned(self, report: PruningReport, *, is_last: bool = True) -> None:
         """Note a pruning: its seconds, and of the last one in a run the layers and the counted sparsity."""
@@ -117,18 +166,30 @@ class RunRecorder:
         if self.is_main and is_last:
             write_layers(self.folder, report.layers)
         elif self.is_main:
-            log.log_sparsity(self.loggers, "pruned", report.sparsity, self.global_step())
+            self._log(log.log_sparsity(self.loggers, "pruned", report.sparsity, self.global_step()))
 
     def finish_pruning(self, report: PruningReport) -> None:
         """Log the pruned layers, then make the report."""
         if self.is_main:
-            log.finish_pruning(self.loggers, self.summary, report.layers, self._rates(report), self.global_step())
+            rates = self._rates(report)
+            self._log(log.finish_pruning(self.loggers, self.summary, rates, self.global_step()))
+            self._log(log.log_layers(self.loggers, self.summary, report.layers))
             self._report(report.layers)
+
+    def resume_finetuning(self, records: list[LayerRecord]) -> None:
+        """Log the pruned layers and the figures for a process that trains on what an earlier one has pruned.
+
+        Tables and images lie in the earlier process's part of a W&B run on disk.
+        """
+        if self.is_main:
+            figures = {path.stem: path for path in sorted((self.folder / "figures").glob("*.png"))}
+            self._log(log.log_figures(self.loggers, figures, self.global_step()))
+            self._log(log.log_layers(self.loggers, self.summary, records))
 
     def finish_finetuning(self, records: list[LayerRecord]) -> None:
         """Log what the fine-tuned model has come to, then make the report anew."""
         if self.is_main:
-            log.log_finetuned(self.loggers, self.summary, self.global_step())
+            self._log(log.log_finetuned(self.loggers, self.summary, self.global_step()))
             self._report(records)
 
     def _rates(self, report: PruningReport) -> dict[str, float]:
@@ -146,12 +207,12 @@ class RunRecorder:
 
     def _report(self, records: list[LayerRecord]) -> None:
         figures: dict[str, Path] = {}
-        try:
+        with self.guarded("figures"):
             figures = draw_figures(self.folder / "figures", self.summary, records)
+        with self.guarded("report.html"):
             write_page(self.folder, self.summary, records, figures, self.settings, environment(), command())
-        except Exception as error:
-            rank_zero_warn(f"the report in {self.folder} could not be written: {error!r}. The pruned model is saved.")
-        log.log_figures(self.loggers, figures, self.global_step())
+        self._log(log.log_figures(self.loggers, figures, self.global_step()))
         if self.compact:
-            log.log_model(self.loggers, self.folder / "model_compact")
+            self._log(log.log_model(self.loggers, self.folder / "model_compact"))
+        self._write()
         print_run(self.summary, records, self.folder)

@@ -34,6 +34,9 @@ class Summary:
         peak_memory_bytes: Highest GPU memory of the process, or its highest resident memory without a GPU.
         predicted: For runs with a logger, by phase (`capture`, `solve`) what `maiht estimate` makes of this machine:
             `seconds`, `flops` and `device_bytes`.
+        failures: What failed beside the pruning and was left out, each with its `phase` and `message`.
+        notes: What went otherwise than asked for, and well.
+        saved: The models that are whole in the run's folder.
     """
 
     method: str
@@ -44,6 +47,9 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     predicted: dict[str, dict[str, float]] = field(default_factory=dict)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Add wall-clock time to a phase, which may have been at work before."""

@@ -125,8 +125,10 @@ def sparse_finetune(
     trainer.should_stop = False
     reset_monitors(trainer, folder / "sparse_checkpoints")
     rank_zero_info(f"Fine-tuning the pruned model with its zeros frozen, from step {trainer.global_step or steps}")
+    # By the callback, so that also a fit which has made its last step is finished.
+    pruning.resume_from = None if ckpt_path is None else Path(ckpt_path)
     with _added_after(trainer, pruning, distillation):
-        trainer.fit(module, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+        trainer.fit(module, train_dataloaders, val_dataloaders, datamodule)
 
 
 def saved_pruning(ckpt_path: str) -> dict[str, Any] | None:

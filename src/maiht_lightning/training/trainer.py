@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..callbacks.compatibility import find_callback
 from ..callbacks.pruning import MAIHTPruning
+from ..callbacks.pruning_run import check_disk
 from ..data import c4, python_docs, wikitext2  # noqa: F401
 
 
@@ -64,6 +65,7 @@ class PruningTrainer(Trainer):
         if pruning.offload == "none":
             self.strategy.model_to_device()
         pruning.prepare(self, model)
+        check_disk(pruning, self, model, trains=False)
         pruning.prune_and_record(self, model)
         for logger in self.loggers:
             logger.finalize("success")
