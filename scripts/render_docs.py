@@ -45,6 +45,12 @@ def named(setting: str) -> str:
     return setting if ":" in setting else f"{100 * float(setting):g} %"
 
 
+def entry_name(entry: str) -> str:
+    """Write a method with its preset, such as `maiht:best`, for a reader."""
+    method, _, preset = entry.partition(":")
+    return ", ".join([method_name(method), *filter(None, [preset])])
+
+
 def methods(found: dict[str, Any]) -> str:
     """A row a run: perplexity, accuracies where there are any, and the layers' mean relative error."""
     tasks = [task for task in TASKS if task in found["dense"].get("tasks", {})]
@@ -57,22 +63,36 @@ def methods(found: dict[str, Any]) -> str:
     headings = ["setting", "method", "perplexity", *(TASKS[task] for task in tasks), *["mean"][: len(tasks)]]
     rows = [["dense", "", *cells(found["dense"]), ""]]
     for run in found["runs"]:
-        label = [named(run["setting"]), method_name(run["method"])]
+        label = [named(run["setting"]), entry_name(run["method"])]
         rows.append([*label, *cells(run), f"{run['mean_relative_error']:.4f}"])
     return table([*headings, "relative error"], rows, 2)
 
 
 def ratios(found: dict[str, Any]) -> str:
-    """A row a setting: mAIHT's perplexity divided by that of each other method."""
+    """A row a setting: the best of the published methods, and the presets' perplexities divided by its own."""
     value = {(run["setting"], run["method"]): run["perplexity"]["wikitext2"] for run in found["runs"]}
-    others = [name for name in dict.fromkeys(run["method"] for run in found["runs"]) if name != "maiht"]
-    settings = list(dict.fromkeys(run["setting"] for run in found["runs"]))
-    rows = [
-        [named(setting), *(f"{value[setting, 'maiht'] / value[setting, other]:.3f}" for other in others)]
-        for setting in settings
-        if all((setting, method) in value for method in [*others, "maiht"])
-    ]
-    return table(["mAIHT's perplexity by that of", *map(method_name, others)], rows, 1)
+    entries = list(dict.fromkeys(run["method"] for run in found["runs"]))
+    ours = [entry for entry in entries if ":" in entry and entry != "maiht:paper"]
+    rows = []
+    for setting in dict.fromkeys(run["setting"] for run in found["runs"]):
+        published = {entry: value[setting, entry] for entry in entries if entry not in ours}
+        best = min(published, key=lambda entry: published[entry])
+        ratios = [f"{value[setting, entry] / published[best]:.3f}" for entry in ours]
+        rows.append([named(setting), entry_name(best), perplexity(published[best]), *ratios])
+    return table(["setting", "best of the published", "its perplexity", *map(entry_name, ours)], rows, 2)
+
+
+def layer_errors(found: dict[str, Any]) -> str:
+    """A row a method: errors by those of mAIHT as published, of the layers set aside, and what they cost."""
+    settings = list(dict.fromkeys(mean["setting"] for mean in found["means"]))
+    value = {(mean["setting"], mean["method"]): mean["ratio"] for mean in found["means"] if mean["set"] == "set-aside"}
+    rows = []
+    for entry in dict.fromkeys(method for _, method in value):
+        costs = found["costs"].get(entry)
+        shown = ["", ""] if costs is None else [str(number or "") for number in costs]
+        name = "float64 reference" if entry == "reference" else entry_name(entry)
+        rows.append([name, *(f"{value[setting, entry]:.3f}" for setting in settings), *shown])
+    return table(["method", *map(named, settings), "products", "factorisations"], rows, 1)
 
 
 def speed(found: dict[str, Any]) -> str:
@@ -115,6 +135,7 @@ def recovery(found: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "methods": ("smollm2.json", methods),
     "ratios": ("smollm2.json", ratios),
+    "layer-errors": ("layer_error.json", layer_errors),
     "solver-speed": ("solver_speed.json", speed),
     "solver-speed-large": ("solver_speed_large.json", speed),
     "frozen": ("frozen.json", frozen),
@@ -139,7 +160,7 @@ def as_runs(found: dict[str, Any]) -> list[Run]:
     runs = []
     for run in found["runs"]:
         stages = Stages({"dense": StageResult.from_json(found["dense"]), "pruned": StageResult(run["perplexity"])})
-        summary = Summary(run["method"], run["sparsity"], run["pattern"], run["measured_sparsity"], stages)
+        summary = Summary(entry_name(run["method"]), run["sparsity"], run["pattern"], run["measured_sparsity"], stages)
         name = Path(f"{run['setting']}-{run['method']}-{run['seed']}")
         runs.append(Run(name, summary, run["mean_relative_error"], {}, (str(run["seed"]),)))
     return runs

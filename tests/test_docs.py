@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections import Counter
 from itertools import pairwise
+from math import exp, log
 from pathlib import Path
 
 import jsonargparse
@@ -593,7 +594,16 @@ def test_tables_without_results_say_so():
         assert script.rendered(text) == text, f"{page}: run scripts/render_docs.py"
 
 
-LABELS = {"magnitude": "magnitude", "Wanda": "wanda", "SparseGPT": "sparsegpt", "ADMM-Grad": "admm", "mAIHT": "maiht"}
+LABELS = {
+    "magnitude": "magnitude",
+    "Wanda": "wanda",
+    "SparseGPT": "sparsegpt",
+    "ADMM-Grad": "admm",
+    "mAIHT, paper": "maiht:paper",
+    "mAIHT, balanced": "maiht:balanced",
+    "mAIHT, best": "maiht:best",
+}
+PUBLISHED = [entry for entry in LABELS.values() if entry not in ("maiht:balanced", "maiht:best")]
 
 
 def test_the_table_of_methods_is_the_results():
@@ -643,10 +653,11 @@ def test_what_the_page_says_of_the_methods_follows_from_the_results():
     error = {(run["setting"], run["method"]): run["mean_relative_error"] for run in found["runs"]}
     settings = list(dict.fromkeys(run["setting"] for run in found["runs"]))
     for setting in settings:
-        magnitude, wanda, sparsegpt, admm, maiht = (perplexity[setting, name] for name in LABELS.values())
-        assert max(admm, maiht) < sparsegpt < min(magnitude, wanda)
-        assert admm < maiht
-        assert error[setting, "admm"] < error[setting, "maiht"]
+        magnitude, wanda, sparsegpt, admm, maiht, balanced, best = (
+            perplexity[setting, name] for name in LABELS.values()
+        )
+        assert best < balanced < admm < maiht < sparsegpt < min(magnitude, wanda)
+        assert error[setting, "admm"] < error[setting, "maiht:paper"]
 
 
 def test_the_table_of_ratios_is_the_results():
@@ -656,11 +667,31 @@ def test_the_table_of_ratios_is_the_results():
             continue
         perplexity = {(run["setting"], run["method"]): run["perplexity"]["wikitext2"] for run in found["runs"]}
         assert len(table) == len({setting for setting, _ in perplexity})
-        for label, *cells in table:
+        for label, name, value, *cells in table:
             setting = label if ":" in label else f"{float(label.rstrip(' %')) / 100:g}"
-            for cell, other in zip(cells, ("magnitude", "wanda", "sparsegpt", "admm"), strict=True):
-                value = perplexity[setting, "maiht"] / perplexity[setting, other]
-                assert number(cell) == pytest.approx(value, abs=0.000501)
+            best = min(perplexity[setting, entry] for entry in PUBLISHED)
+            assert perplexity[setting, LABELS[name]] == best
+            assert number(value) == pytest.approx(best, abs=0.00501)
+            for cell, entry in zip(cells, ("maiht:balanced", "maiht:best"), strict=True):
+                assert number(cell) == pytest.approx(perplexity[setting, entry] / best, abs=0.000501)
+
+
+def test_the_table_of_layer_errors_is_the_results():
+    found = results_of("layer_error.json")
+    for table in tables_named("layer-errors"):
+        if found is None:
+            continue
+        for label, *cells in table:
+            entry = "reference" if label == "float64 reference" else f"maiht:{label[7:]}" if "," in label else None
+            entry = entry or LABELS[label]
+            rows = [row for row in found["rows"] if row["set"] == "set-aside"]
+            for cell, setting in zip(cells, dict.fromkeys(row["setting"] for row in rows), strict=False):
+                logs = [
+                    log(row["errors"][entry] / row["errors"]["maiht:paper"])
+                    for row in rows
+                    if row["setting"] == setting
+                ]
+                assert number(cell) == pytest.approx(exp(sum(logs) / len(logs)), abs=0.000501)
 
 
 @pytest.mark.parametrize("name", ["solver-speed", "solver-speed-large"])
