@@ -88,9 +88,10 @@ PRUNE = """
     dense, found = model, []
     journal = {"journal_dir": "journal"} if "journal" in sys.argv else {}
     for text in sys.argv[1].split():
-        method, pattern, batch_size = text.split(",")
+        method, pattern, batch_size, *config = text.split(",")
         model = copy.deepcopy(dense)
         settings = {"sparsity": 0.5, "method": method, "pattern": pattern, "batch_size": int(batch_size)}
+        settings |= {"config": config[0]} if config else {}
         report = prune(model, windows, process_group=group, progress=False, **settings, **journal)
         records = [(r.name, r.zeros, r.relative_error, r.objective) for r in report.layers]
         found.append({"weights": model.state_dict(), "records": records})
@@ -102,13 +103,32 @@ PRUNE = """
 def test_two_processes_as_one(tmp_path):
     """Seven windows: one process has one more than the other, and the last batch is smaller."""
     for processes in (1, 2):
-        finished(PRUNE, processes, tmp_path, "maiht,unstructured,1 maiht,2:4,2 sparsegpt,row,3")
+        finished(PRUNE, processes, tmp_path, "maiht,unstructured,1 maiht,2:4,2,paper sparsegpt,row,3")
     results = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
     for alone, first, second in zip(*results, strict=True):
         assert first["records"] == second["records"] == alone["records"]
         for name, weight in alone["weights"].items():
             assert torch.equal(first["weights"][name], weight), name
             assert torch.equal(second["weights"][name], weight), name
+
+
+@pytest.mark.slow
+def test_processes_that_reconstruct_end_with_the_same_weights(tmp_path):
+    """They share the batches: a step takes one from each, so that the weights are others than those of one process."""
+    for processes in (1, 2):
+        finished(PRUNE, processes, tmp_path, "maiht,unstructured,1,best")
+    (alone,), (first,), (second,) = (
+        torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1")
+    )
+    assert first["records"] == second["records"]
+    for name, weight in first["weights"].items():
+        assert torch.equal(second["weights"][name], weight), name
+    for (name, zeros, *_), (other, others, *_) in zip(first["records"], alone["records"], strict=True):
+        assert (name, zeros) == (other, others)
+    # Of the first block the supports are those of one process.
+    for name, weight in first["weights"].items():
+        if name.startswith("model.layers.0.") and name.endswith("_proj.weight"):
+            assert torch.equal(weight == 0, alone["weights"][name] == 0), name
 
 
 @pytest.mark.slow
@@ -128,7 +148,7 @@ FAIL = """
     if rank == 1:
         LayerSolver.prune = fail
     try:
-        prune(model, windows, process_group=group, progress=False)
+        prune(model, windows, config="paper", process_group=group, progress=False)
     except RuntimeError as error:
         open(f"error_{rank}", "w").write(str(error))
 """

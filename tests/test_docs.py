@@ -529,7 +529,7 @@ def test_products_of_the_solver():
     """131 products with the Gram matrix at 50 + 30 iterations, and two more for the relative error."""
     assert "50 + 30 iterations costs 131 products" in " ".join(TEXTS["README.md"].split())
     weight, inputs = torch.randn(64, 32), torch.randn(80, 32)
-    solver = LayerSolver(inputs.T @ inputs, PruningSpec.parse())
+    solver = LayerSolver(inputs.T @ inputs, PruningSpec.parse(config="paper"))
     with FlopCounterMode(display=False) as all_of_it:
         result = solver.prune(weight)
     from maiht_lightning.solvers.problem import relative_error

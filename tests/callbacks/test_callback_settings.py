@@ -154,6 +154,8 @@ def module(tiny_llama):
         {"pattern": "2:4"},
         {"pattern": "row", "sparsity": 0.7, "method": "iht"},
         {"config": "paper"},
+        {"config": "balanced"},
+        {"config": "best"},
     ],
     ids=str,
 )
@@ -404,7 +406,7 @@ def test_without_any_tokenizer_a_fit_stops_before_training(module, tmp_path, bes
 
 
 @pytest.mark.slow
-def test_by_default_papers_settings_at_the_models_length(sharp_llama, corpus, tmp_path):
+def test_by_default_balanced_at_the_models_length(sharp_llama, corpus, tmp_path):
     module, watch = Module(sharp_llama(max_position_embeddings=48, **SMALL), Letters()), Watch()
     pruning = MAIHTPruning(output_dir=str(tmp_path / "run"))
     trainer(watch, pruning, limit_train_batches=1).fit(module)
@@ -412,7 +414,7 @@ def test_by_default_papers_settings_at_the_models_length(sharp_llama, corpus, tm
     assert calibrated.shape == (128, 48)
     assert torch.equal(calibrated, C4Calibration(samples=128, seqlen=48).windows(Letters(), 0))
     expected = copy.deepcopy(watch.dense)
-    prune(expected, calibrated, sparsity=0.5, pattern="unstructured", method="maiht", config="paper", progress=False)
+    prune(expected, calibrated, sparsity=0.5, pattern="unstructured", method="maiht", config="balanced", progress=False)
     assert same(module.net["lm"], expected)
     tokens = torch.tensor(Letters()("\n\n".join(corpus))["input_ids"])
     windows = tokens[: len(tokens) // 48 * 48].view(-1, 48)

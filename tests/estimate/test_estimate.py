@@ -1,10 +1,12 @@
 """Predictions of memory, operations and time: against formulas, and against what was measured."""
 
+import copy
 import csv
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +25,9 @@ from maiht_lightning.estimate.devices import GIB, SHEETS, _seconds, find_device
 from maiht_lightning.estimate.plan import Job, estimate, gram_flops, predict_pruning
 from maiht_lightning.estimate.shape import ModelShape
 from maiht_lightning.estimate.solver import count_solver
-from maiht_lightning.solvers import PruningSpec
+from maiht_lightning.pruning.pruner import prune
+from maiht_lightning.solvers import LayerResult, PruningSpec, splitting
+from maiht_lightning.solvers.config import PRESETS
 
 LLAMA_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -126,6 +130,52 @@ def test_operations_of_the_methods(llama, method, products, cubes):
 def test_operations_follow_the_iterations(llama):
     flops = phases_of(llama, published(config=MAIHTConfig(iterations=7, refine_iterations=5)))["solve"].flops
     assert flops == pytest.approx(32 * (2 * 7 + 1 + 5 + 2) * PRODUCT, rel=1e-9)
+
+
+@pytest.mark.parametrize("config", ["paper", "balanced", "best"])
+def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch, config):
+    """A block's capture and reconstruction, of a model that is large enough for what happens once not to matter."""
+    model = tiny_llama(vocab_size=64, num_hidden_layers=6)
+    windows = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
+    config = PRESETS[config]
+    epochs = 2 if config.reconstruction_epochs else 0
+
+    class Halving:
+        """In place of the solver, whose products are not counted here."""
+
+        def __init__(self, gram, spec, drift=None):
+            assert (drift is not None) == (spec.config.dense_targets > 0)
+
+        def prune(self, weight):
+            mask = weight.abs() > weight.abs().median()
+            return LayerResult(weight * mask, mask, 0.5, [], [], 0.0)
+
+    monkeypatch.setattr("maiht_lightning.pruning.block_pruner.LayerSolver", Halving)
+    counted = {}
+    for name, some in (("capture", 0), ("reconstruct", epochs)):
+        with FlopCounterMode(display=False) as flops:
+            prune(copy.deepcopy(model), windows, config=replace(config, reconstruction_epochs=some), progress=False)
+        counted[name] = flops.get_total_flops()
+    counted["reconstruct"] -= counted["capture"]
+    spec = PruningSpec.parse(config=replace(config, reconstruction_epochs=epochs))
+    found = predict_pruning(model, spec, samples=16, seqlen=16, batch_size=1)
+    assert list(found) == ["capture", "solve", *(["reconstruct"] if epochs else [])]
+    assert found["capture"]["flops"] == pytest.approx(counted["capture"], rel=0.15)
+    if epochs:
+        assert found["reconstruct"]["flops"] == pytest.approx(counted["reconstruct"], rel=0.15)
+    assert all(phase["seconds"] > 0 and phase["device_bytes"] > 0 for phase in found.values())
+
+
+def test_the_solvers_products_are_counted(llama):
+    """Its own count and, beside the factorisations, three products for scaling back and the error."""
+    for name in ("fast", "balanced"):
+        config = PRESETS[name]
+        factorised = 2 * splitting.levels(config.iterations) * (3 * 4096**3 + 11008**3)
+        corrected = ((3 * 4096**3 + 11008**3) / 3 + 2 * PRODUCT) if config.dense_targets else 0
+        flops = phases_of(llama, Job(config=config))["solve"].flops
+        own = (flops / 32 - factorised - corrected) / PRODUCT
+        assert own == pytest.approx(splitting.products(config) + 2, abs=0.01)
+        assert splitting.products(config) <= 130 * (0.5 if name == "fast" else 1)
 
 
 def test_bytes_that_all_but_the_products_move(llama):

@@ -66,7 +66,7 @@ def test_pruning_from_disk_goes_on_after_a_crash(folder, tmp_path):
     """Once with the model as it was, once with the one whose first blocks point to the journal."""
     journal = tmp_path / "journal"
     expected = load_model(str(folder), blocks_on_disk=True)
-    prune(expected, WINDOWS, journal_dir=tmp_path / "another", progress=False)
+    prune(expected, WINDOWS, journal_dir=tmp_path / "another", config="paper", progress=False)
 
     def stop(records):
         if records[0].block == 1:
@@ -74,10 +74,10 @@ def test_pruning_from_disk_goes_on_after_a_crash(folder, tmp_path):
 
     model = load_model(str(folder), blocks_on_disk=True)
     with pytest.raises(KeyboardInterrupt):
-        prune(model, WINDOWS, journal_dir=journal, progress=False, on_block=stop)
+        prune(model, WINDOWS, journal_dir=journal, config="paper", progress=False, on_block=stop)
     solved = []
     for again in (load_model(str(folder), blocks_on_disk=True), model):
-        report = prune(again, WINDOWS, journal_dir=journal, progress=False, on_block=solved.append)
+        report = prune(again, WINDOWS, journal_dir=journal, config="paper", progress=False, on_block=solved.append)
         assert len(report.layers) == 21
         save_model(again, tmp_path / "again")
         save_model(expected, tmp_path / "expected")
@@ -382,7 +382,7 @@ PEAK = """
     settings = dict(vocab_size=4096, num_attention_heads=14, num_key_value_heads=14, max_position_embeddings=64,
                     bos_token_id=None, eos_token_id=None)
     windows = torch.randint(0, 4096, (4, TOKENS))
-    # mAIHT as it is by default, but for the number of iterations, which all use the same memory.
+    # mAIHT as published, but for the number of iterations, which all use the same memory.
     options = dict(config=MAIHTConfig(iterations=1, refine_iterations=0), progress=False)
 
     def memory(field):

@@ -43,11 +43,11 @@ def solved(monkeypatch):
     class Count:
         groups, fail_at = 0, None
 
-    def solve(gram, spec):
+    def solve(gram, spec, drift=None):
         Count.groups += 1
         if Count.groups == Count.fail_at:
             raise ValueError("out of luck")
-        return original(gram, spec)
+        return original(gram, spec, drift)
 
     original = pruner.LayerSolver
     monkeypatch.setattr(pruner, "LayerSolver", solve)
@@ -67,13 +67,13 @@ def run(model, folder, windows=WINDOWS, **settings):
 @pytest.mark.parametrize(("fails_in", "dtype"), [(1, torch.float32), (3, torch.float32), (2, torch.bfloat16)])
 def test_resumed_is_as_uninterrupted(make, solved, tmp_path, fails_in, fresh, dtype):
     whole = make().to(dtype)
-    expected = prune(whole, WINDOWS, progress=False)
+    expected = prune(whole, WINDOWS, config="paper", progress=False)
     assert solved.groups == 16  # 4 a block
 
     solved.groups, solved.fail_at = 0, 4 * fails_in + 2
     model = make().to(dtype)
     with pytest.raises(pruner.PruningError, match=f"layers.{fails_in}"):
-        run(model, tmp_path / "journal")
+        run(model, tmp_path / "journal", config="paper")
     assert sorted(p.name for p in (tmp_path / "journal").iterdir()) == [
         *(f"block_{i:05d}.safetensors" for i in range(fails_in)),
         "settings.json",
@@ -82,7 +82,7 @@ def test_resumed_is_as_uninterrupted(make, solved, tmp_path, fails_in, fresh, dt
     solved.groups, solved.fail_at = 0, None
     model = make().to(dtype) if fresh else model
     blocks = []
-    report = run(model, tmp_path / "journal", on_block=blocks.append)
+    report = run(model, tmp_path / "journal", config="paper", on_block=blocks.append)
     assert solved.groups == 16 - 4 * fails_in
     same(model, whole)
     assert len(blocks) == 4
@@ -99,7 +99,7 @@ def test_resumed_is_as_uninterrupted(make, solved, tmp_path, fails_in, fresh, dt
     # And a third time nothing is left to do.
     solved.groups = 0
     same_again = make().to(dtype) if fresh else model
-    run(same_again, tmp_path / "journal")
+    run(same_again, tmp_path / "journal", config="paper")
     assert solved.groups == 0
     same(same_again, whole)
     assert list(tmp_path.iterdir()) == [tmp_path / "journal"]
@@ -123,7 +123,7 @@ def test_another_prunings_journal_is_moved_aside_whole(make, solved, tmp_path, c
     assert {path.name: path.read_bytes() for path in moved.iterdir()} == before
 
 
-# For each setting of the solver another value; those that must not matter are in the test after the next.
+# For each setting another value; those that must not matter are in the test after the next.
 CONFIG = {
     "mu": 0.2,
     "iterations": 3,
@@ -132,12 +132,18 @@ CONFIG = {
     "precision": "float64",
     "tolerance": 0.1,
     "keep_zeros": True,
+    "candidates": "preconditioned",
+    "sublayers": True,
+    "reconstruction_epochs": 1,
+    "reconstruction_rate": 0.02,
 }
+# One that has a sense with another alone.
+TOGETHER = {"sublayers": True, "dense_targets": 0.5}
 BASE = {"sparsity": 0.5, "pattern": "row", "method": "wanda", "config": MAIHTConfig()}
 
 
 def test_every_setting_of_the_solver_is_looked_at():
-    assert {field.name for field in fields(MAIHTConfig)} == CONFIG.keys() | {"memory_budget"}
+    assert {field.name for field in fields(MAIHTConfig)} == CONFIG.keys() | TOGETHER.keys() | {"memory_budget"}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +155,7 @@ def test_every_setting_of_the_solver_is_looked_at():
         ({"pattern": "2:4"}, {}),
         ({"method": "magnitude"}, {}),
         *(({"config": replace(BASE["config"], **{name: value})}, {}) for name, value in CONFIG.items()),
+        ({"config": replace(BASE["config"], **TOGETHER)}, {}),
         ({"windows": WINDOWS.flip(0)}, {}),
         ({"windows": WINDOWS.view(3, 16)}, {}),
         ({"windows": WINDOWS[:3]}, {}),

@@ -86,7 +86,7 @@ FEW = MAIHTConfig(mu=0.5, iterations=9, refine_iterations=4, step_scale=0.7)
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("llama", {"sparsity": 0.6}),
+        ("llama", {"sparsity": 0.6, "config": "paper"}),
         ("llama", {"sparsity": 0.6, "config": FEW}),
         ("llama", {"method": "aiht", "pattern": "row", "sparsity": 0.3}),
         ("llama", {"method": "iht", "pattern": "2:4"}),
@@ -94,7 +94,7 @@ FEW = MAIHTConfig(mu=0.5, iterations=9, refine_iterations=4, step_scale=0.7)
         ("llama", {"method": "admm", "pattern": "1:4"}),
         ("llama", {"method": "wanda", "pattern": "row", "sparsity": 0.6}),
         ("llama", {"method": "magnitude", "pattern": "2:4"}),
-        ("gpt2", {"sparsity": 0.6}),
+        ("gpt2", {"sparsity": 0.6, "config": "paper"}),
         ("gpt2", {"method": "sparsegpt", "pattern": "2:4"}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
@@ -113,7 +113,7 @@ def test_prune_is_the_plain_loop(name, settings, windows, request):
 def test_without_settings_it_is_mAIHT_at_half_the_weights(llama, windows):
     other = copy.deepcopy(llama)
     prune(llama, windows, progress=False)
-    everything = {"sparsity": 0.5, "pattern": "unstructured", "method": "maiht", "config": "paper", "batch_size": 1}
+    everything = {"sparsity": 0.5, "pattern": "unstructured", "method": "maiht", "config": "balanced", "batch_size": 1}
     prune(other, windows, progress=False, **everything)
     assert changed(llama, state(other)) == set()
 
@@ -430,11 +430,11 @@ def interrupted(monkeypatch, error, groups):
     """Let the solver raise in place of its `groups`-th Gram matrix."""
     calls = []
 
-    def solve(gram, spec):
+    def solve(gram, spec, drift=None):
         calls.append(len(gram))
         if len(calls) == groups:
             raise error
-        return original(gram, spec)
+        return original(gram, spec, drift)
 
     original = pruner.LayerSolver
     monkeypatch.setattr(pruner, "LayerSolver", solve)
@@ -450,15 +450,24 @@ def test_a_failing_solver_names_the_layer_and_leaves_its_block(llama, windows, m
     assert all(module.training for module in llama.modules())
 
 
-def test_out_of_memory_while_capturing_names_the_block(llama, windows, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ("paper", "accumulate_grams"),
+        ("balanced", "find_groups"),
+        ("balanced", "accumulate_group"),
+        ("best", "reconstruct"),
+    ],
+)
+def test_out_of_memory_names_the_block(llama, windows, monkeypatch, config, part):
     before = state(llama)
 
     def fail(*_, **__):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(pruner, "accumulate_grams", fail)
-    with pytest.raises(PruningError, match=r"model\.layers\.0 could not be captured: no memory left"):
-        prune(llama, windows, progress=False)
+    monkeypatch.setattr(pruner, part, fail)
+    with pytest.raises(PruningError, match=r"model\.layers\.0 could not be \w+: no memory left"):
+        prune(llama, windows, config=config, progress=False)
     assert changed(llama, before) == set()
 
 

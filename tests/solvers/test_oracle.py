@@ -40,7 +40,7 @@ def test_step_size(oracle):
     for layer in LAYERS:
         tensors = oracle(layer)
         # The authors' λmax is that of a float32 eigensolver, ours an upper estimate.
-        step = step_size(scale_gram(tensors["gram"]), resolve_config(None))
+        step = step_size(scale_gram(tensors["gram"]), resolve_config("paper"))
         assert step == pytest.approx(tensors["step_size"].item(), rel=2e-5)
 
 
@@ -48,7 +48,7 @@ def test_step_size(oracle):
 def test_weight_is_the_authors(oracle, layer, case):
     tensors = oracle(layer)
     expected = tensors[case]
-    result = prune_layer(tensors["weight"], tensors["gram"], **CASES[case])
+    result = prune_layer(tensors["weight"], tensors["gram"], config="paper", **CASES[case])
 
     error = relative_error(tensors["weight"], expected, scale_gram(tensors["gram"]))
     half_a_unit = 0.5 * 10 ** (floor(log10(error)) - 3)
@@ -75,7 +75,7 @@ def test_overshot_support(oracle):
     assert 32_800 < before.sum() < pattern.kept(weight.shape)
     assert (expected != 0)[before].float().mean() >= 0.999
 
-    result = prune_layer(weight, gram, sparsity=0.7)
+    result = prune_layer(weight, gram, sparsity=0.7, config="paper")
     assert result.mask[before].all()
     assert result.mask.sum() == pattern.kept(weight.shape)
     assert (result.mask == (expected != 0)).float().mean() >= 0.994
@@ -95,6 +95,6 @@ def nonzero_before_top_k(weight, scaled, pattern):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maiht, "HardThresholding", Spy)
-        config = resolve_config(None)
+        config = resolve_config("paper")
         maiht.solve(weight, scaled, step_size(scaled, config), pattern, config)
     return seen[0]

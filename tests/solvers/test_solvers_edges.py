@@ -211,7 +211,7 @@ def test_a_weight_that_was_pruned_before(pattern):
     """With more zeros than λ0's quantile, λ must not start, and stay, at 0: the support would be Wanda's."""
     weight, gram = make_problem(11, 24, 32)
     weight = weight * (torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.3)
-    result = prune_layer(weight, gram, sparsity=0.6, pattern=pattern)
+    result = prune_layer(weight, gram, sparsity=0.6, pattern=pattern, config="paper")
     check(result, weight, pattern, 0.6)
     assert not torch.equal(result.mask, prune_layer(weight, gram, sparsity=0.6, pattern=pattern, method="wanda").mask)
     no_schedule = MAIHTConfig(iterations=0, refine_iterations=80)
@@ -325,16 +325,45 @@ def test_bad_settings(setting, value):
         replace(FLOAT64, **{setting: value})
 
 
-def test_by_default_it_is_the_papers_at_half_the_weights():
+PAPER = {
+    "mu": 0.1,
+    "iterations": 50,
+    "refine_iterations": 30,
+    "step_scale": 0.95,
+    "precision": "float32",
+    "tolerance": 0.0,
+    "memory_budget": None,
+    "keep_zeros": False,
+    "candidates": "gradient",
+    "sublayers": False,
+    "dense_targets": 0.0,
+    "reconstruction_epochs": 0,
+}
+
+
+def test_the_preset_paper_is_the_published_setting():
     weight, gram = make_problem(13, 12, 16)
-    settings = {"mu": 0.1, "iterations": 50, "refine_iterations": 30, "step_scale": 0.95, "precision": "float32"}
-    rest = {"tolerance": 0.0, "memory_budget": None, "keep_zeros": False}
+    expected = prune_layer(weight, gram, sparsity=0.5, config=MAIHTConfig(**PAPER))
+    for config in ("paper", MAIHTConfig()):
+        found = prune_layer(weight, gram, config=config)
+        assert torch.equal(found.weight, expected.weight)
+        assert found.objective == expected.objective
+
+
+def test_by_default_it_is_balanced_at_half_the_weights():
+    weight, gram = make_problem(13, 12, 16)
     everything = {"sparsity": 0.5, "pattern": "unstructured", "method": "maiht"}
-    expected = prune_layer(weight, gram, **everything, config=MAIHTConfig(**settings, **rest))
-    others = [prune_layer(weight, gram, config=config) for config in (None, "paper")]
+    expected = prune_layer(weight, gram, **everything, config="balanced")
+    others = [prune_layer(weight, gram, config=config) for config in (None, "balanced")]
     for found in (*others, prune_layer(weight, gram), LayerSolver(gram, PruningSpec.parse()).prune(weight)):
         assert torch.equal(found.weight, expected.weight)
         assert found.objective == expected.objective
+    assert expected.objective != prune_layer(weight, gram, config="paper").objective
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "maiht"])
+def test_other_methods_are_by_default_as_they_were_published(method):
+    assert PruningSpec.parse(method=method).config == MAIHTConfig(**PAPER)
 
 
 def test_a_bad_layer_does_not_spoil_the_others_of_its_group():

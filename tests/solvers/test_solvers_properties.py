@@ -122,7 +122,7 @@ def test_limit_points_satisfy_the_optimality_conditions(seed, accelerated, patte
 def test_refining_never_raises_the_loss(seed, out, inputs, tokens, pattern, method, double):
     weight, gram = make_problem(seed, out, inputs, tokens)
     name, sparsity = pattern
-    config = FLOAT64 if double else None
+    config = FLOAT64 if double else "paper"
     result = prune_layer(weight, gram, pattern=name, sparsity=sparsity, method=method, config=config)
     losses = torch.tensor(result.objective[50:])
     assert len(losses) == 31

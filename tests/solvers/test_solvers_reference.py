@@ -123,7 +123,7 @@ def test_few_iterations(iterations, refine):
 
 def test_float32_is_near_float64():
     weight, gram = make_problem(5, 32, 48)
-    single = prune_layer(weight.float(), gram.float(), sparsity=0.5)
+    single = prune_layer(weight.float(), gram.float(), sparsity=0.5, config="paper")
     double = prune_layer(weight, gram, sparsity=0.5, config=FLOAT64)
     assert single.relative_error == pytest.approx(double.relative_error, rel=1e-2)
     assert (single.mask == double.mask).float().mean() > 0.99
@@ -150,9 +150,9 @@ def test_a_group_is_solved_as_its_layers_are():
 
 def test_monitor_reports_its_choices():
     weight, gram = make_problem(9, 24, 32)
-    result = prune_layer(weight, gram)
+    result = prune_layer(weight, gram, config="paper")
     assert len(result.accelerated) == 50
     assert set(result.accelerated) == {0.0, 1.0}  # both candidates win at times
-    by_row = prune_layer(weight, gram, pattern="row")
+    by_row = prune_layer(weight, gram, pattern="row", config="paper")
     assert any(0 < fraction < 1 for fraction in by_row.accelerated)
     assert prune_layer(weight, gram, method="aiht").accelerated == []

@@ -132,7 +132,7 @@ class BlockPruner:
         weights: dict[str, Tensor] = {}
         records: list[LayerRecord] = []
         start = time.perf_counter()
-        for names in find_groups(block, self.inputs) if config.sublayers else [None]:
+        for names in self._find_groups(block, index) if config.sublayers else [None]:
             self.report.capture_seconds += time.perf_counter() - start
             found, more = self._prune_groups(block, index, names, stream)
             _write(block, found)
@@ -140,6 +140,13 @@ class BlockPruner:
             records += more
             start = time.perf_counter()
         return weights, records
+
+    def _find_groups(self, block: nn.Module, index: int) -> list[list[str]]:
+        try:
+            with self.ranks.errors_shared():
+                return find_groups(block, self.inputs)
+        except (ValueError, RuntimeError) as error:
+            raise self._failed(index, "captured", error) from error
 
     def _reconstruct(
         self, block: nn.Module, index: int, weights: dict[str, Tensor], records: list[LayerRecord]
@@ -152,7 +159,10 @@ class BlockPruner:
         # What the dense model has after this block is what the pruned block is to return.
         self.dense.settle()
         targets = [batch.hidden for batch in self.dense.batches]
-        errors = reconstruct(block, self.inputs.batches, targets, self.spec.config, seed=index, ranks=self.ranks)
+        try:
+            errors = reconstruct(block, self.inputs.batches, targets, self.spec.config, seed=index, ranks=self.ranks)
+        except (ValueError, RuntimeError) as error:
+            raise self._failed(index, "reconstructed", error) from error
         linears = find_linears(block)
         for record in records:
             weights[record.layer] = weight_of(linears[record.layer]).detach()
@@ -184,8 +194,7 @@ class BlockPruner:
                 else:
                     groups = [accumulate_group(block, self.inputs, names, dense=dense, tf32=tf32)]
         except (ValueError, RuntimeError) as error:
-            path = self._path(index)
-            raise PruningError(f"{path} could not be captured: {error}. It and later blocks are unchanged.") from error
+            raise self._failed(index, "captured", error) from error
         linears = find_linears(block)
         # A product with the Gram matrix (in, in) costs in² · out, and the solver's time is nearly all such products.
         costs = [len(g.gram) ** 2 * sum(len(weight_of(linears[name])) for name in g.names) for g in groups]
@@ -258,6 +267,9 @@ class BlockPruner:
                 f"{', '.join(f'{self._path(index)}.{name}' for name in concerned)} could not be pruned: {error}. "
                 f"This block and later ones are unchanged."
             ) from error
+
+    def _failed(self, index: int, what: str, error: Exception) -> PruningError:
+        return PruningError(f"{self._path(index)} could not be {what}: {error}. It and later blocks are unchanged.")
 
     def _path(self, index: int) -> str:
         return f"{self.loader.blocks.path}.{index}"

@@ -1,0 +1,443 @@
+"""Presets in whole prunings: what they add up to, by every way in, and what a failure leaves behind."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+
+from helpers.byte_model import byte_tokenizer, same_weights, save_folder
+from helpers.own_module import NoTokenizer, OwnModule, trainer
+from maiht_lightning import MAIHTPruning
+from maiht_lightning.cli import main
+from maiht_lightning.data.calibration import CalibrationSource
+from maiht_lightning.data.python_docs import PythonDocsCalibration
+from maiht_lightning.evaluation.evaluation import Evaluation
+from maiht_lightning.models.blocks import find_blocks, find_linears, weight_of
+from maiht_lightning.models.loading import load_model
+from maiht_lightning.pruning import block_pruner
+from maiht_lightning.pruning.block_pruner import PruningError
+from maiht_lightning.pruning.journal import read_records
+from maiht_lightning.pruning.pruner import prune
+from maiht_lightning.solvers import METHODS, LayerSolver, MAIHTConfig, PruningSpec, resolve_config
+from maiht_lightning.solvers.config import PRESETS
+
+WINDOWS = torch.randint(64, (6, 12), generator=torch.Generator().manual_seed(0))
+# Few steps of everything, so that tests are quick.
+QUICK = MAIHTConfig(
+    candidates="preconditioned",
+    iterations=6,
+    refine_iterations=3,
+    sublayers=True,
+    dense_targets=0.5,
+    reconstruction_epochs=1,
+    reconstruction_rate=0.02,
+)
+STAGES = {
+    "layers alone": replace(QUICK, sublayers=False, dense_targets=0.0, reconstruction_epochs=0),
+    "sublayers": replace(QUICK, dense_targets=0.0, reconstruction_epochs=0),
+    "dense targets": replace(QUICK, reconstruction_epochs=0),
+    "reconstruction alone": replace(QUICK, sublayers=False, dense_targets=0.0),
+    "all": QUICK,
+}
+
+
+@pytest.fixture
+def make(tiny_llama):
+    return lambda **more: tiny_llama(
+        vocab_size=64, **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, **more}
+    )
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model, before):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def weights_of_block(model, index):
+    return {f"model.layers.{index}.{name}.weight" for name in find_linears(find_blocks(model).modules[index])}
+
+
+# ---- What a preset is
+
+
+def test_what_the_presets_switch_on():
+    paper, fast, balanced, best = (PRESETS[name] for name in ("paper", "fast", "balanced", "best"))
+    assert paper == MAIHTConfig()
+    assert not paper.has_dense_stream
+    assert (fast.candidates, fast.sublayers, fast.has_dense_stream) == ("preconditioned", False, False)
+    assert (balanced.candidates, balanced.sublayers, balanced.reconstruction_epochs) == ("preconditioned", True, 0)
+    assert 0 < balanced.dense_targets <= 1
+    assert best.reconstruction_epochs > 0
+    assert replace(best, reconstruction_epochs=0) == balanced
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default(method):
+    expected = PRESETS["balanced" if method == "maiht" else "paper"]
+    assert resolve_config(None, method) == expected
+    assert PruningSpec.parse(method=method).config == expected
+    assert MAIHTPruning(method=method).spec.config == expected
+
+
+@pytest.mark.parametrize("method", ["aiht", "iht"])
+@pytest.mark.parametrize("config", ["fast", "balanced", "best"])
+def test_presets_that_are_not_for_a_method_are_refused_at_once(method, config):
+    with pytest.raises(ValueError, match="candidates = 'preconditioned' is for method 'maiht'"):
+        MAIHTPruning(method=method, config=config)
+
+
+def test_identities_of_older_journals_are_those_of_the_published_setting():
+    """A journal that was begun before there were these settings goes on."""
+    older = {
+        "mu",
+        "iterations",
+        "refine_iterations",
+        "step_scale",
+        "precision",
+        "tolerance",
+        "memory_budget",
+        "keep_zeros",
+    }
+    assert PruningSpec.parse(config="paper").identity()["config"].keys() == older
+    newer = {"candidates", "sublayers", "dense_targets", "reconstruction_epochs"}
+    assert PruningSpec.parse(config="best").identity()["config"].keys() == older | newer
+    identities = [json.dumps(PruningSpec.parse(config=name).identity()) for name in PRESETS]
+    assert len(set(identities)) == len(PRESETS)
+
+
+# ---- Whole models
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_each_part_is_what_it_says(make, name):
+    """Against the same in few words: whole forward passes of both models, one group after the other."""
+    config = replace(STAGES[name], reconstruction_epochs=0)
+    model, dense = make(), make()
+    prune(model, WINDOWS, config=config, progress=False)
+    expected = plainly_pruned(make(), dense, config)
+    for path, found in model.named_parameters():
+        wanted = expected.get_parameter(path)
+        assert (found == 0).eq(wanted == 0).float().mean() > 0.995, path
+        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-4, msg=lambda text, p=path: f"{p}: {text}")
+
+
+def plainly_pruned(model, dense, config):
+    """`model`, pruned with hooks in whole forward passes."""
+    for block, other in zip(find_blocks(model).modules, find_blocks(dense).modules, strict=True):
+        names = list(find_linears(block))
+        groups = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+        groups += [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+        for group in groups if config.sublayers else [names]:
+            seen = inputs_of(model, block, group), inputs_of(dense, other, group)
+            for name in group:
+                ours, theirs = (inputs[name] for inputs in seen)
+                solver = LayerSolver(
+                    ours.T @ ours,
+                    PruningSpec.parse(config=config),
+                    ours.T @ (theirs - ours) if config.dense_targets else None,
+                )
+                linear = find_linears(block)[name]
+                linear.weight.data.copy_(solver.prune(linear.weight.data).weight)
+    return model
+
+
+def inputs_of(model, block, names):
+    found, linears = {name: [] for name in names}, find_linears(block)
+    handles = [
+        linears[name].register_forward_pre_hook(lambda _, args, name=name: found[name].append(args[0].flatten(0, -2)))
+        for name in names
+    ]
+    with torch.no_grad():
+        for tokens in WINDOWS:
+            model(input_ids=tokens[None])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(inputs).double() for name, inputs in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.5), ("row", 0.3), ("2:4", 0.5)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_zeros_are_exact_and_presets_differ(make, preset, pattern, sparsity):
+    model, other = make(num_hidden_layers=2), make(num_hidden_layers=2)
+    report = prune(model, WINDOWS, config=preset, pattern=pattern, sparsity=sparsity, progress=False)
+    for record in report.layers:
+        weight = model.get_submodule(record.name).weight
+        assert record.zeros == int((weight == 0).sum())
+        assert (record.block_error is not None) == (preset == "best")
+    assert report.sparsity == pytest.approx(sparsity, abs=0.04)
+    prune(other, WINDOWS, config="paper", pattern=pattern, sparsity=sparsity, progress=False)
+    assert bool(changed(model, state(other))) == (preset != "paper")
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "magnitude"])
+def test_every_method_takes_what_is_done_beyond_the_layer(make, method):
+    model, other = make(), make()
+    config = replace(QUICK, candidates="gradient")
+    report = prune(model, WINDOWS, method=method, config=config, progress=False)
+    assert all(2 * record.zeros == record.shape[0] * record.shape[1] for record in report.layers)
+    assert all(record.block_error is not None for record in report.layers)
+    prune(other, WINDOWS, method=method, progress=False)
+    assert changed(model, state(other))
+
+
+def test_works_in_inference_mode(make):
+    model, other = make(num_hidden_layers=2), make(num_hidden_layers=2)
+    with torch.inference_mode():
+        prune(model, WINDOWS, config=QUICK, progress=False)
+    prune(other, WINDOWS, config=QUICK, progress=False)
+    assert changed(model, state(other)) == set()
+    model(input_ids=WINDOWS, labels=WINDOWS).loss.backward()
+
+
+def test_zeros_are_kept_through_all_parts(make):
+    model = make()
+    prune(model, WINDOWS, method="magnitude", sparsity=0.3, progress=False)
+    zeros = {name: tensor == 0 for name, tensor in model.state_dict().items() if name.endswith("_proj.weight")}
+    prune(model, WINDOWS, sparsity=0.6, config=replace(QUICK, keep_zeros=True), progress=False)
+    for name, before in zeros.items():
+        weight = model.state_dict()[name]
+        assert before.any()
+        assert not weight[before].any()
+        assert int((weight == 0).sum()) == int(0.6 * weight.numel())
+
+
+@pytest.mark.parametrize("hidden_states", ["device", "host", "disk"])
+@pytest.mark.parametrize("config", [replace(QUICK, reconstruction_epochs=0), QUICK], ids=["balanced", "best"])
+def test_a_model_elsewhere_is_pruned_as_one_at_hand(make, monkeypatch, config, hidden_states):
+    """On "cpu:0", which is the CPU under another name, and so another device here."""
+    expected, model = make(), make()
+    records = prune(expected, WINDOWS, config=config, progress=False).layers
+    monkeypatch.setattr("maiht_lightning.models.offload._same", lambda one, other: one == other)
+    report = prune(model, WINDOWS, config=config, device="cpu:0", hidden_states=hidden_states, progress=False)
+    assert [(r.name, r.zeros, r.block_error) for r in report.layers] == [
+        (r.name, r.zeros, r.block_error) for r in records
+    ]
+    assert changed(model, state(expected)) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [replace(QUICK, reconstruction_epochs=0), QUICK], ids=["balanced", "best"])
+def test_blocks_on_disk_are_pruned_as_in_memory(make, tmp_path, config):
+    make().save_pretrained(tmp_path / "dense")
+    expected, model = make(), load_model(str(tmp_path / "dense"), blocks_on_disk=True)
+    prune(expected, WINDOWS, config=config, progress=False)
+    prune(model, WINDOWS, config=config, journal_dir=tmp_path / "journal", progress=False)
+    for index in range(3):
+        stored = load_file(tmp_path / "journal" / f"block_{index:05d}.safetensors")
+        for name, linear in find_linears(find_blocks(expected).modules[index]).items():
+            assert torch.equal(stored[name], weight_of(linear)), name
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=WINDOWS).logits, expected(input_ids=WINDOWS).logits)
+
+
+# ---- The journal, and what a failure leaves behind
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(block):
+    def stop(records):
+        if records[0].block == block:
+            raise Stopped
+
+    return stop
+
+
+@pytest.mark.parametrize("config", [replace(QUICK, reconstruction_epochs=0), QUICK], ids=["balanced", "best"])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_pruning_that_is_cut_off_resumes_to_the_same_bits(make, tmp_path, config, at):
+    whole, first, second = make(), make(), make()
+    expected = prune(whole, WINDOWS, config=config, progress=False)
+    with pytest.raises(Stopped):
+        prune(first, WINDOWS, config=config, journal_dir=tmp_path / "journal", on_block=stop_at(at), progress=False)
+    report = prune(second, WINDOWS, config=config, journal_dir=tmp_path / "journal", progress=False)
+    assert report.resumed == at + 1
+    assert changed(second, state(whole)) == set()
+    without_seconds = [
+        [(r.name, r.zeros, r.relative_error, r.objective, r.block_error) for r in records]
+        for records in (expected.layers, report.layers, read_records(tmp_path / "journal"))
+    ]
+    assert without_seconds[0] == without_seconds[1] == without_seconds[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+
+@pytest.mark.parametrize("config", [replace(QUICK, reconstruction_epochs=0), QUICK], ids=["balanced", "best"])
+def test_a_partly_pruned_model_is_refused_where_the_dense_one_is_needed(make, tmp_path, config):
+    model, folder = make(), tmp_path / "journal"
+    with pytest.raises(Stopped):
+        prune(model, WINDOWS, config=config, journal_dir=folder, on_block=stop_at(0), progress=False)
+    before, files = state(model), {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"partly pruned already.*the dense one is needed.*load it again"):
+        prune(model, WINDOWS, config=config, journal_dir=folder, progress=False)
+    assert changed(model, before) == set()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+
+def test_without_a_dense_stream_a_partly_pruned_model_goes_on(make, tmp_path):
+    config, whole, model = STAGES["sublayers"], make(), make()
+    prune(whole, WINDOWS, config=config, progress=False)
+    with pytest.raises(Stopped):
+        prune(model, WINDOWS, config=config, journal_dir=tmp_path / "journal", on_block=stop_at(1), progress=False)
+    report = prune(model, WINDOWS, config=config, journal_dir=tmp_path / "journal", progress=False)
+    assert report.resumed == 2
+    assert changed(model, state(whole)) == set()
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("failing", [7 + 1, 7 + 4, 7 + 7])
+def test_a_failing_layer_leaves_its_block_as_it_was(make, monkeypatch, name, failing):
+    """Also where layers before it in the same block were pruned already."""
+    model, calls, original = make(), [], LayerSolver.prune
+    before = state(model)
+
+    def fail(self, weight):
+        calls.append(weight)
+        if len(calls) == failing:
+            raise FloatingPointError("x")
+        return original(self, weight)
+
+    monkeypatch.setattr(LayerSolver, "prune", fail)
+    with pytest.raises(PruningError, match=r"^model\.layers\.1\.[\w.]+ could not be pruned: x"):
+        prune(model, WINDOWS, config=STAGES[name], progress=False)
+    assert changed(model, before) == weights_of_block(model, 0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no memory left")])
+def test_a_reconstruction_that_fails_leaves_its_block_as_it_was(make, monkeypatch, error):
+    model, original, calls = make(), block_pruner.reconstruct, []
+    before = state(model)
+
+    def fail(block, *arguments, **settings):
+        result = original(block, *arguments, **settings)
+        calls.append(block)
+        if len(calls) == 2:
+            raise error
+        return result
+
+    monkeypatch.setattr(block_pruner, "reconstruct", fail)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else PruningError
+    with pytest.raises(expected, match="" if expected is KeyboardInterrupt else "layers.1 could not be reconstructed"):
+        prune(model, WINDOWS, config=QUICK, progress=False)
+    assert changed(model, before) == weights_of_block(model, 0)
+
+
+# ---- Through Lightning, and from the command line
+
+
+class Given(CalibrationSource):
+    def windows(self, tokenizer, seqlen):
+        return WINDOWS
+
+
+def fit(folder, model, *others, **settings):
+    """Two steps of training without a change of the weights; the callback."""
+    module = OwnModule(model)
+    module.tokenizer = NoTokenizer()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    defaults = {"calibration": Given(), "evaluation": Evaluation(perplexity=[]), "output_dir": str(folder / "run")}
+    callback = MAIHTPruning(**{**defaults, **settings})
+    trainer(callback, *others, limit_train_batches=3).fit(module)
+    return callback
+
+
+@pytest.mark.slow
+def test_a_callback_that_is_cut_off_in_best_resumes(make, tmp_path, monkeypatch, no_figures):
+    whole, first, second = make(), make(), make()
+    fit(tmp_path / "whole", whole, config=QUICK)
+    with monkeypatch.context() as patch:
+        calls, original = [], block_pruner.reconstruct
+
+        def fail(*arguments, **settings):
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("no memory left")
+            return original(*arguments, **settings)
+
+        patch.setattr(block_pruner, "reconstruct", fail)
+        with pytest.raises(PruningError, match=r"layers\.1 could not be reconstructed: no memory left"):
+            fit(tmp_path, first, config=QUICK)
+    callback = fit(tmp_path, second, config=QUICK)
+    assert callback.report.resumed == 1
+    assert changed(second, state(whole)) == set()
+
+
+@pytest.mark.slow
+def test_several_steps_keep_their_zeros_with_the_default(make, tmp_path, no_figures):
+    """A later step's dense model is the sparse one that was trained: zeros stay through all that is done with it."""
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            seen.append({n: t == 0 for n, t in pl_module.net["lm"].state_dict().items() if n.endswith("_proj.weight")})
+
+    seen, model = [], make()
+    callback = fit(tmp_path, model, Look(), prune_at={"step:1": 0.3, "step:2": 0.5, "end": 0.6})
+    assert callback.spec.config == PRESETS["balanced"]
+    now = {name: tensor == 0 for name, tensor in model.state_dict().items() if name.endswith("_proj.weight")}
+    for sparsity, before, after in zip((0.3, 0.5, 0.6), [*seen[1:], None], [*seen[2:], now, now], strict=False):
+        if before is None:
+            continue
+        for name, zeros in before.items():
+            assert int(zeros.sum()) == int(sparsity * zeros.numel())
+            assert not (zeros & ~after[name]).any()
+    assert all(int(zeros.sum()) == int(0.6 * zeros.numel()) for zeros in now.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ([], PRESETS["balanced"]),
+        (["--pruning.config", "best"], PRESETS["best"]),
+        (["--pruning.config", "paper"], PRESETS["paper"]),
+        (["--pruning.method", "wanda"], PRESETS["paper"]),
+        (
+            [
+                *["--pruning.config.candidates", "preconditioned", "--pruning.config.iterations", "6"],
+                *["--pruning.config.refine_iterations", "3", "--pruning.config.sublayers", "true"],
+                *["--pruning.config.dense_targets", "0.3", "--pruning.config.reconstruction_epochs", "1"],
+                *["--pruning.config.reconstruction_rate", "0.02"],
+            ],
+            replace(QUICK, dense_targets=0.3),
+        ),
+        (
+            ["--pruning.config", "{candidates: preconditioned, sublayers: true, dense_targets: 0.3, mu: 0.2}"],
+            MAIHTConfig(candidates="preconditioned", sublayers=True, dense_targets=0.3, mu=0.2),
+        ),
+    ],
+    ids=["default", "best", "paper", "wanda", "one by one", "as one"],
+)
+def test_from_the_command_line(tmp_path, monkeypatch, no_figures, options, config):
+    monkeypatch.chdir(tmp_path)
+    save_folder(tmp_path / "dense")
+    main(
+        [
+            *["prune", "--model.name_or_path", "dense", "--data", "PythonDocsDataModule", "--output_dir", "out"],
+            *["--pruning.calibration", "PythonDocsCalibration", "--pruning.calibration.samples", "5"],
+            *["--pruning.calibration.seqlen", "24", "--pruning.evaluation.perplexity", "[]"],
+            *["--trainer.accelerator", "cpu", "--trainer.logger", "false", *options],
+        ]
+    )
+    found = json.loads((tmp_path / "out" / "journal" / "settings.json").read_text())["config"]
+    assert found == config.identity()
+    expected = load_model("dense", torch.float32)
+    windows = PythonDocsCalibration(5, 24, 0).windows(byte_tokenizer(), 128)
+    method = "wanda" if "wanda" in options else "maiht"
+    prune(expected, windows, method=method, config=config, progress=False)
+    assert same_weights(load_model("out/model", torch.float32), expected)
+
+
+def test_targets_without_sublayers_are_refused_on_the_command_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune", "--pruning.config.dense_targets", "0.3", "--model.name_or_path", "x"])
+    assert stopped.value.code == 2
+    assert "dense_targets = 0.3 needs sublayers = True" in " ".join(capsys.readouterr().err.split())
