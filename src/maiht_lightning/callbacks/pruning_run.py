@@ -18,10 +18,10 @@ from torch.distributed import ProcessGroup
 from ..capture.hidden_states import Storage
 from ..estimate.plan import predict_pruning
 from ..evaluation.evaluation import LoadedEvaluation, context_length
-from ..models.blocks import find_blocks, refuse_adapters, weight_of
+from ..models.blocks import find_blocks, refuse_adapters
 from ..models.sparsity import count_zeros, measured_sparsity
 from ..pruning.journal import drop_weights
-from ..pruning.pruner import check_windows, prune_model
+from ..pruning.pruner import check_weights, check_windows, prune_model
 from ..records import LayerRecord, PruningReport, StageResult
 from ..reporting.recorder import RunRecorder
 from ..reporting.summary import Summary, fresh_run_folder
@@ -175,14 +175,13 @@ def prepare_run(
     try:
         if not pruning.pruned:
             refuse_adapters(pl_module)
-            for path, linear in find_blocks(model).linears():
-                pruning.spec.check_shape(weight_of(linear).shape, path)
+            check_weights(model, find_blocks(model), pruning.spec, on_disk_allowed=True)
             # A source of somebody's own may draw others in every process.
             windows = trainer.strategy.broadcast(pruning.calibration.windows(tokenizer, context_length(model)))
             check_windows(windows, model)
         if evaluation is None or not pruning.pruned:
             evaluation = pruning.evaluation.load(model, tokenizer)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         raise MisconfigurationException(f"pruning cannot work with these settings: {error}") from error
     folder = pruning.output_dir
     if folder is None:

@@ -7,6 +7,7 @@ only one block's exist at a time.
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def prune_model(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
     blocks, ranks = find_blocks(model), Ranks(process_group)
-    _check_weights(model, blocks, spec, on_disk_allowed=journal_dir is not None)
+    check_weights(model, blocks, spec, on_disk_allowed=journal_dir is not None)
     check_windows(windows, model)
     batches = _share_of_batches(windows, batch_size, ranks)
     journal = None if journal_dir is None else _open_journal(journal_dir, spec, model, windows, ranks)
@@ -213,10 +214,14 @@ def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: Bl
     return choose_storage(streams * tokens * hidden_bytes(model), loader.device, working)
 
 
-def _check_weights(model: nn.Module, blocks: DecoderBlocks, spec: PruningSpec, *, on_disk_allowed: bool) -> None:
+def check_weights(model: nn.Module, blocks: DecoderBlocks, spec: PruningSpec, *, on_disk_allowed: bool) -> None:
+    """Raise `TypeError` or `ValueError` unless every layer's weight can be pruned; the message names the layer."""
     refuse_adapters(model)
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for path, linear in blocks.linears():
         weight = weight_of(linear)
+        if owners[id(linear.weight)] > 1:
+            raise ValueError(f"{path} shares its weight with another module, which would be pruned with it: untie them")
         if not weight.is_floating_point():
             raise TypeError(f"{path} has weights of {weight.dtype}: load the model in a floating-point dtype")
         spec.check_shape(weight.shape, path)
