@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from ..capture.hidden_states import Storage
 from ..estimate.plan import predict_pruning
 from ..evaluation.evaluation import LoadedEvaluation, context_length
-from ..models.blocks import find_blocks, refuse_adapters
+from ..models.blocks import find_blocks, refuse_adapters, weight_of
 from ..models.sparsity import count_zeros, measured_sparsity
 from ..pruning.journal import drop_weights
 from ..pruning.pruner import check_weights, check_windows, prune_model
