@@ -43,7 +43,7 @@ KNOWS["training"] = KNOWS["callbacks"] | {"callbacks"}
 KNOWS["commands"] = KNOWS["training"]
 KNOWS["cli"] = KNOWS["commands"] | {"training", "commands"}
 
-MAY_IMPORT_LIGHTNING = {"data/module.py", "reporting/loggers.py", "reporting/recorder.py"}
+MAY_IMPORT_LIGHTNING = {"data/module.py", "reporting/loggers.py", "reporting/recorder.py", "reporting/wandb_rows.py"}
 LIGHTNING_ROOMS = {"callbacks", "training", "cli"}
 
 

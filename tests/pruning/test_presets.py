@@ -438,6 +438,11 @@ def test_from_the_command_line(tmp_path, monkeypatch, no_figures, options, confi
 
 def test_targets_without_sublayers_are_refused_on_the_command_line(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["prune", "--pruning.config.dense_targets", "0.3", "--model.name_or_path", "x"])
+        main(
+            [
+                *["prune", "--pruning.config.dense_targets", "0.3", "--model.name_or_path", "x"],
+                *["--data", "PythonDocsDataModule"],
+            ]
+        )
     assert stopped.value.code == 2
     assert "dense_targets = 0.3 needs sublayers = True" in " ".join(capsys.readouterr().err.split())

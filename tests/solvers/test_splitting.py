@@ -90,7 +90,7 @@ class Naive:
 
     def split(self, steps):
         levels = max(1, round(steps / 6))
-        rhos = [0.03 * (1 / 0.03) ** (i / max(1, levels - 1)) for i in range(levels)]
+        rhos = [0.05 * (1 / 0.05) ** (i / max(1, levels - 1)) for i in range(levels)]
         s, u, before = self.target, torch.zeros_like(self.target), rhos[0]
         for step in range(steps):
             rho = rhos[step * levels // steps]
@@ -222,14 +222,17 @@ def test_a_monitored_iteration_takes_the_better_candidate_and_never_raises_the_l
 
 
 def test_the_plain_candidate_is_taken_where_it_is_better(monkeypatch):
-    """With as many conjugate gradient steps as there are it hardly ever is; without any it often is."""
-    monkeypatch.setattr(splitting, "CANDIDATE_STEPS", 0)
-    taken = set()
+    """Without conjugate gradient steps the long step goes too far, and with them it mostly is the better one."""
+    taken, with_steps = set(), set()
     for seed in range(30):
         weight, gram = make_problem(seed, 3, 16, tokens=6, spread=2.0)
         iteration, scale = iteration_of(weight, gram, "unstructured", 0.7)
         start = iteration.threshold(iteration.target.roll(1, 1) * 2)
-        after, took_fast = iteration.monitored(iteration.measure(*start))
+        point = iteration.measure(*start)
+        monkeypatch.setattr(splitting, "CANDIDATE_STEPS", 3)
+        with_steps.add(iteration.monitored(point)[1])
+        monkeypatch.setattr(splitting, "CANDIDATE_STEPS", 0)
+        after, took_fast = iteration.monitored(point)
         naive, before = Naive(weight, gram, ("unstructured", 0.7)), start[0] * scale
         gradient = (before - naive.target) @ naive.a
         plain = naive.threshold(before - 0.95 / torch.linalg.eigvalsh(naive.a)[-1] * gradient)[0]
@@ -238,7 +241,8 @@ def test_the_plain_candidate_is_taken_where_it_is_better(monkeypatch):
         assert took_fast == (naive.loss(fast) <= naive.loss(plain))
         assert float(after.loss) * scale**2 == pytest.approx(min(naive.loss(fast), naive.loss(plain)), rel=1e-9)
         taken.add(took_fast)
-    assert taken == {True, False}
+    assert False in taken
+    assert True in with_steps
 
 
 def test_where_both_candidates_are_worse_the_point_stays(monkeypatch):
@@ -306,7 +310,7 @@ def test_ties_are_decided_by_exact_numbers(pattern):
 @pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
 def test_zeros_that_are_kept_count_among_those_asked_for(pattern):
     weight, gram = make_problem(4, 12, 24)
-    weight[weight.abs() < 0.4] = 0
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = 0
     few = (weight == 0).double().mean().item()
     assert few < 0.5
     config = replace(DOUBLE, keep_zeros=True)
@@ -321,7 +325,7 @@ def test_zeros_that_are_kept_count_among_those_asked_for(pattern):
     torch.testing.assert_close(result.weight, expected, rtol=1e-7, atol=1e-8)
     assert result.objective == pytest.approx(losses, rel=1e-8)
     # Without the setting some of them come back.
-    free = prune_layer(weight, gram, pattern=pattern, config=DOUBLE)
+    free = prune_layer(weight, gram, pattern=pattern, sparsity=0.5 if ":" in pattern else 0.1, config=DOUBLE)
     assert free.weight[weight == 0].any()
 
 
@@ -402,7 +406,7 @@ def test_a_matrix_that_is_no_gram_matrix_is_an_error():
     weight = torch.ones(4, 8)
     gram = 2 * torch.eye(8) - torch.ones(8, 8) * 0.5
     assert torch.linalg.eigvalsh(gram)[0] < -0.1
-    with pytest.raises(FloatingPointError, match=r"could not factorise.*μ = 0\.0 and ρ = 0\.03.*candidates='gradient'"):
+    with pytest.raises(FloatingPointError, match=r"could not factorise.*μ = 0\.0 and ρ = 0\.05.*candidates='gradient'"):
         prune_layer(weight, gram, config=replace(ACCURATE, mu=0.0))
 
 

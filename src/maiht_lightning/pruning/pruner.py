@@ -152,7 +152,11 @@ def prune_model(
         hidden_states = _choose_storage(model, sum(batch.numel() for batch in batches), spec, loader)
     layers = sum(1 for _ in blocks.linears())
     started = time.perf_counter()
+    # What is made in inference mode, in which a caller may be, could not be differentiated in a reconstruction.
+    inference_mode = torch.is_inference_mode_enabled() and not spec.config.reconstruction_epochs
     with (
+        torch.inference_mode(inference_mode),
+        torch.no_grad(),
         evaluation_mode(model),
         loader,
         HiddenStateStore(hidden_states, loader.device, journal_dir.parent if journal_dir else None) as store,
