@@ -9,6 +9,11 @@ published; a column is a geometric mean over layers. Products are those of the l
     MAIHT_DATA_DIR=... python scripts/bench_accuracy.py --json docs/results/layer_error.json
 """
 
+import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import json
 from math import exp, log
