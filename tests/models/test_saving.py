@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -90,6 +91,19 @@ def test_tied_weights_are_written_once(tiny_llama, tmp_path):
     save_model(model, tmp_path / "model")
     with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
         assert "lm_head.weight" not in set(file.keys())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gathered_weights_are_compared_as_well(tiny_llama, tmp_path, monkeypatch, tied):
+    """As of a model in shards, whose head may be a parameter of its own although it is tied."""
+    model = tiny_llama(vocab_size=64, tie_word_embeddings=tied)
+    if tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach())
+    monkeypatch.setattr("maiht_lightning.models.saving.is_sharded", lambda _: True)
+    save_model(model, tmp_path / "model")
+    found, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("crash_at", ["first rename", "second rename"])

@@ -54,7 +54,8 @@ def save_model(
         folder = Path(folder)
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=state, max_shard_size=size)
+        # A copy: `save_pretrained` takes the names of tied weights out of it.
+        model.save_pretrained(partial, state_dict=None if state is None else dict(state), max_shard_size=size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         _compare(partial, model, state)
