@@ -214,17 +214,20 @@ def test_batches_are_as_large_as_asked_for(llama, windows, batch_size):
     assert sorted(seen) == sorted(2 * [len(tokens) for tokens in windows.split(batch_size)])
 
 
+@pytest.mark.parametrize("sublayers", [False, True])
 @pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("float64", False), ("tf32", True)])
-def test_gram_matrices_are_in_tf32_where_the_solver_may_be(llama, windows, precision, tf32, monkeypatch):
-    seen, original = [], pruner.accumulate_grams
+def test_gram_matrices_are_in_tf32_where_the_solver_may_be(llama, windows, precision, tf32, sublayers, monkeypatch):
+    part = "accumulate_group" if sublayers else "accumulate_grams"
+    seen, original = [], getattr(pruner, part)
 
     def note(*arguments, tf32, **settings):
         seen.append(tf32)
         return original(*arguments, tf32=tf32, **settings)
 
-    monkeypatch.setattr(pruner, "accumulate_grams", note)
-    prune(llama, windows, method="magnitude", config=MAIHTConfig(precision=precision), progress=False)
-    assert seen == [tf32] * 3
+    monkeypatch.setattr(pruner, part, note)
+    config = MAIHTConfig(precision=precision, sublayers=sublayers)
+    prune(llama, windows, method="magnitude", config=config, progress=False)
+    assert seen == [tf32] * (3 * 4 if sublayers else 3)
 
 
 @pytest.mark.slow

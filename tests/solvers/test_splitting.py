@@ -287,7 +287,8 @@ def test_the_objective_never_rises(seed, out, inputs, tokens, pattern, double, m
         assert after <= before + rounding * (scale + before)
     naive = Naive(weight.double(), gram.double(), pattern, mu=mu)
     last = naive.loss(result.weight.double() * naive.d)
-    assert result.objective[-1] == pytest.approx(last, rel=1e-9 if double else 1e-3, abs=10 * rounding * scale)
+    # Where the Gram matrix is singular and μ = 0, f is near 0 and what is left of it in float32 is rounding.
+    assert result.objective[-1] == pytest.approx(last, rel=1e-9 if double else 1e-3, abs=100 * rounding * scale)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.33, 0.5, 0.77, 0.95])

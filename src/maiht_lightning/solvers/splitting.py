@@ -61,8 +61,9 @@ def levels(steps: int) -> int:
 
 def products(config: MAIHTConfig) -> int:
     """Count the products of a layer (out, in) with a matrix (in, in), factorisations left out."""
-    # One for A B, one to measure the first point, and one for each gradient of a candidate.
-    return 1 + config.iterations + 1 + MONITORED * (CANDIDATE_STEPS + 2) + config.refine_iterations
+    # One for A B, one to measure the first point; of each pair of candidates, one to measure the plain one and two for
+    # the accelerated one, before and after its conjugate gradient steps.
+    return 1 + config.iterations + 1 + MONITORED * (CANDIDATE_STEPS + 3) + config.refine_iterations
 
 
 def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
