@@ -60,7 +60,8 @@ def test_a_fit_interrupted_between_two_prunings_resumes(here):
     check_end(Path("schedule"), "schedule/finetuned.safetensors")
     (end,) = Path("schedule").rglob("*step=12.ckpt")
     state = checkpoint(end)["callbacks"]
-    assert state["MAIHTPruning"] == {"done": 2, "pruned_step": 8, "earlier": None, "output_dir": "schedule"}
+    expected = {"done": 2, "pruned_step": 8, "earlier": None, "trained": False, "output_dir": "schedule"}
+    assert state["MAIHTPruning"] == expected
     counts = count_zeros(load_model("schedule/model_finetuned"))
     assert all(2 * count.zeros == count.size for count in counts)
     assert state["FrozenSparsity"] == {"zeros": sum(count.zeros for count in counts)}

@@ -50,7 +50,8 @@ def run(dense, tmp_path, monkeypatch):
         if command == "prune":
             config["data"] = "PythonDocsDataModule"
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        main([command, "--config", "run.yaml", "--output_dir", "out", *options])
+        # A test may run with one file after another.
+        main([command, "--config", "run.yaml", "--output_dir", "out", "--fresh", *options])
         return tmp_path / "out"
 
     return run

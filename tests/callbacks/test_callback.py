@@ -82,7 +82,7 @@ def errors_by_definition(dense, pruned):
 )
 def test_a_fit_ends_pruned_saved_and_measured(module, text, no_figures, tmp_path, settings, sparsity):
     copied, model = Copy(), module.net["lm"]
-    trainer(copied, pruning(tmp_path, **settings)).fit(module)
+    trainer(copied, pruning(tmp_path, **{"config": "paper", **settings})).fit(module)
     assert module.steps == 4
 
     zeros = 0
