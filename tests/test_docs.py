@@ -511,7 +511,8 @@ def test_the_table_of_files_is_a_runs_folder(folder, tmp_path, monkeypatch):
     there = {path.name for path in Path("run").iterdir()}
     assert named <= there
     # Lightning's checkpoint of the dense phase lies in a folder with the W&B project's name.
-    assert there - named <= {"lightning_logs"}
+    rows = {path.name for path in Path("run").glob("wandb-*.jsonl")}
+    assert there - named <= {"lightning_logs"} | rows
     assert list(Path("run/sparse_checkpoints").glob("*.ckpt"))
     assert list(Path("run/figures").glob("*.png"))
     summary = json.loads(Path("run/summary.json").read_text())
