@@ -298,7 +298,8 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams) + tokens * sum(shape.grams) * (size + 4)
     gram_rate = device.flops_tf32 if size == 2 or job.settings.precision == "tf32" else device.flops_fp32
     seconds = forward / _rate(job, device) + grams / gram_rate + shape.blocks * moved / device.bandwidth
-    runs = forward / shape.blocks / _forward_flops(shape, job, tokens)
+    # A pass up to the last layer's input has nearly all that lies between the products of a whole one.
+    runs = forward / shape.blocks / _forward_flops(shape, job, tokens) if job.settings.sublayers else 1 + _streams(job)
     seconds += shape.blocks * runs * tokens * shape.block_counts(size).forward / device.bandwidth_uncached
     if job.offload != "none":
         seconds += shape.blocks * _block_bytes(shape, job) / device.host_link
