@@ -194,7 +194,7 @@ def test_same_result_twice_and_for_any_order_or_batches_of_windows(llama, window
     results = []
     for tokens, batch_size in ((windows, 1), (windows, 1), (windows.flip(0), 1), (windows, 2), (windows, 9)):
         model = copy.deepcopy(llama)
-        prune(model, tokens, batch_size=batch_size, progress=False)
+        prune(model, tokens, batch_size=batch_size, config="paper", progress=False)
         results.append(model)
     same_again, reordered, *other_batches = results[1:]
     assert changed(same_again, state(results[0])) == set()
@@ -487,7 +487,7 @@ def test_an_interrupt_while_solving_leaves_whole_blocks(llama, windows, monkeypa
 def test_an_interrupt_while_writing_leaves_whole_blocks(llama, windows, monkeypatch, writes):
     """Ctrl-C between two layers of a block: the block is completed first."""
     before, expected = state(llama), copy.deepcopy(llama)
-    prune(expected, windows, progress=False)
+    prune(expected, windows, config="paper", progress=False)
     count, original = [], write_weight
 
     def write(linear, weight):
@@ -498,7 +498,7 @@ def test_an_interrupt_while_writing_leaves_whole_blocks(llama, windows, monkeypa
 
     monkeypatch.setattr(importlib.import_module("maiht_lightning.pruning.block_pruner"), "write_weight", write)
     with pytest.raises(KeyboardInterrupt):
-        prune(llama, windows, progress=False)
+        prune(llama, windows, config="paper", progress=False)
     done = weights_of(llama, 0) | (weights_of(llama, 1) if writes > 7 else set())
     assert changed(llama, before) == done
     assert not changed(llama, state(expected)) & done
