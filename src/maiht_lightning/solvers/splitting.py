@@ -168,10 +168,14 @@ class Splitting:
         value, residual = point.value.clone(), point.gradient.mul(kept).neg_()  # −∇f on the support (out, in)
         direction, square = residual.clone(), _row_products(residual, residual)
         losses, loss = [], point.loss
+        # About ε λmax, the error of a curvature for directions of unit length.
+        rounding = torch.finfo(value.dtype).eps / self.prepared.step_size
         for _ in range(steps):
             image = (direction @ self.matrix).mul_(kept)  # (out, in)
             curvature = _row_products(direction, image)
-            length = torch.where(curvature > 0, square / curvature, 0)  # (out, 1)
+            # Below rounding the curvature is none: where A is singular a step along it would have any length.
+            least = rounding * _row_products(direction, direction)
+            length = torch.where(curvature > least, square / curvature, 0)  # (out, 1)
             value.addcmul_(length, direction)
             residual.addcmul_(length, image, value=-1)
             loss = loss - (length * square).sum(dtype=torch.float64) / 2
