@@ -68,8 +68,8 @@ class MAIHTPruning(Callback):
         pattern: `unstructured` (compared within a layer), `row` (within an output row), or `N:M`, which keeps N
             of every M consecutive inputs.
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
-        config: A preset's name, `paper`, `fast`, `balanced` or `best`, or settings one by one. By default `balanced`,
-            and for other methods than `maiht` as they were published.
+        config: A preset's name, `paper`, `fast`, `accurate`, `balanced` or `best`, or settings one by one, with those
+            left out as in `paper`. By default `balanced`, and for other methods than `maiht` as they were published.
         calibration: Where calibration windows come from; by default 128 from C4.
         evaluation: What the dense and the pruned model are measured by; by default perplexity on WikiText-2.
         model: Dotted path of the Hugging Face model in the LightningModule. None: it is found.

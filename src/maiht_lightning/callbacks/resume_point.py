@@ -1,6 +1,5 @@
 """A run's resume point: a checkpoint of a fit that has made its last step, on disk before its model is changed."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from ..interrupts import interrupts
+from ..models.durable import put_in_place
 
 RESUME_POINT = "resume.ckpt"
 
@@ -44,12 +44,7 @@ def save_point(trainer: Trainer, folder: Path) -> None:
             finally:
                 strategy.checkpoint_io = usual
         if trainer.is_global_zero:
-            for file in (*partial.rglob("*"), partial):
-                _sync(file)
-            if path.is_dir():
-                shutil.rmtree(path)
-            partial.replace(path)
-            _sync(folder)
+            put_in_place(partial, path)
         strategy.barrier("save_point")
 
 
@@ -67,12 +62,3 @@ def remove_point(trainer: Trainer, folder: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -33,7 +33,7 @@ def reconstruct(
     """Train the weights of a block's linear layers that are not zero, in place; the zeros stay.
 
     Adam in float32 with a cosine rate, one batch a step. Nothing changes where the error on the held-out batches does
-    not fall.
+    not fall. Of fewer than four batches none is held out, and the error is that of all.
 
     Args:
         block: The pruned block in eval mode. Its weights may be in any floating dtype.
@@ -124,6 +124,6 @@ def _root_mean_square(weight: Tensor) -> float:
 
 @contextmanager
 def _differentiable() -> Iterator[None]:
-    """Gradients, also where the caller has switched them off; float32 where it has autocast on."""
+    """Gradients, also where the caller has switched them off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .config import MAIHTConfig
 from .patterns import Pattern
-from .problem import ScaledGram, scale_weight, unscale_weight
+from .problem import ScaledGram, scale_weight, shifted_cholesky, unscale_weight
 from .solution import Solution
 
 # The paper's settings: all steps, the first ones in which the mask changes, penalty ρ, damping of the unit diagonal.
@@ -52,15 +52,9 @@ def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
     """
     damped = gram.correlation.clone()
     damped.diagonal().add_(DAMPING)
-    shifted = damped.clone()
-    shifted.diagonal().add_(RHO)
-    lower, info = torch.linalg.cholesky_ex(shifted)
-    if int(info):
-        raise FloatingPointError(
-            f"ADMM could not factorise the Gram matrix in {shifted.dtype} (minor {int(info)} of "
-            f"{len(shifted)} is not positive definite, with damping {DAMPING} and ρ = {RHO}): check that "
-            f"gram is XᵀX"
-        )
+    lower = shifted_cholesky(
+        damped, RHO, who="ADMM", tried=f"damping {DAMPING} and ρ = {RHO}", advice="check that gram is XᵀX"
+    )
     return Prepared(damped, torch.cholesky_inverse(lower))
 
 

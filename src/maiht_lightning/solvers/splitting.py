@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .config import MAIHTConfig
 from .patterns import Pattern
-from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weight
+from .problem import ScaledGram, largest_eigenvalue, scale_weight, shifted_cholesky, unscale_weight
 from .solution import Solution
 
 FIRST, LAST = 0.05, 1.0
@@ -78,15 +78,13 @@ def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
     penalties = [FIRST * (LAST / FIRST) ** (level / max(1, number - 1)) for level in range(number)]
     inverses = []
     for penalty in penalties:
-        shifted = matrix.clone()
-        shifted.diagonal().add_(penalty)
-        lower, info = torch.linalg.cholesky_ex(shifted)
-        if int(info):
-            raise FloatingPointError(
-                f"mAIHT could not factorise the Gram matrix in {matrix.dtype} (minor {int(info)} of {len(matrix)} is "
-                f"not positive definite, with μ = {config.mu} and ρ = {penalty:.2g}): check that gram is XᵀX, or "
-                f"solve with candidates='gradient', which factorises nothing"
-            )
+        lower = shifted_cholesky(
+            matrix,
+            penalty,
+            who="mAIHT",
+            tried=f"μ = {config.mu} and ρ = {penalty:.2g}",
+            advice="check that gram is XᵀX, or solve with candidates='gradient', which factorises nothing",
+        )
         inverses.append(torch.cholesky_inverse(lower))
     largest = largest_eigenvalue(gram.correlation) + config.mu
     return Prepared(matrix, inverses, penalties, config.step_scale / max(largest, torch.finfo(torch.float32).tiny))

@@ -1,7 +1,6 @@
 """What `maiht` keeps of a run beside its results, so that the same command resumes it: `run.json`."""
 
 import json
-import os
 import secrets
 import shlex
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ..callbacks.pruning import MAIHTPruning
 from ..callbacks.resume_point import RESUME_POINT
+from ..models.durable import put_in_place
 
 RUN_FILE = "run.json"
 # Settings that change nothing of what a run comes to.
@@ -55,11 +55,8 @@ class RunState:
         """Write `run.json`, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{RUN_FILE}.partial"
-        with partial.open("w") as file:
-            file.write(json.dumps(asdict(self), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / RUN_FILE)
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        put_in_place(partial, folder / RUN_FILE)
 
     def differences(self, other: "RunState") -> list[str]:
         """What another run is asked for and this one was not, such as `trainer.max_steps: 3, now 6`."""
