@@ -85,13 +85,17 @@ def finished(program, processes, folder, *arguments):
 
 PRUNE = """
     import copy
+    from maiht_lightning.solvers import MAIHTConfig
     dense, found = model, []
     journal = {"journal_dir": "journal"} if "journal" in sys.argv else {}
     for text in sys.argv[1].split():
         method, pattern, batch_size, *config = text.split(",")
         model = copy.deepcopy(dense)
         settings = {"sparsity": 0.5, "method": method, "pattern": pattern, "batch_size": int(batch_size)}
-        settings |= {"config": config[0]} if config else {}
+        if config:
+            # A preset, or an allocation of the zeros with the published setting.
+            allocation = config[0] in ("owl", "error")
+            settings["config"] = MAIHTConfig(allocation=config[0]) if allocation else config[0]
         report = prune(model, windows, process_group=group, progress=False, **settings, **journal)
         records = [(r.name, r.zeros, r.relative_error, r.objective) for r in report.layers]
         found.append({"weights": model.state_dict(), "records": records})
@@ -103,7 +107,7 @@ PRUNE = """
 def test_two_processes_as_one(tmp_path):
     """Seven windows: one process has one more than the other, and the last batch is smaller."""
     for processes in (1, 2):
-        finished(PRUNE, processes, tmp_path, "maiht,unstructured,1 maiht,2:4,2,paper sparsegpt,row,3")
+        finished(PRUNE, processes, tmp_path, "maiht,unstructured,1 maiht,2:4,2,paper sparsegpt,row,3 wanda,row,1,error")
     results = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
     for alone, first, second in zip(*results, strict=True):
         assert first["records"] == second["records"] == alone["records"]
@@ -143,7 +147,7 @@ def test_three_processes_resume_the_journal_of_two(tmp_path):
 
 FAIL = """
     from maiht_lightning.solvers import LayerSolver
-    def fail(self, weight):
+    def fail(self, weight, pattern):
         raise FloatingPointError("made to fail")
     if rank == 1:
         LayerSolver.prune = fail

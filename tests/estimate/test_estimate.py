@@ -132,12 +132,15 @@ def test_operations_follow_the_iterations(llama):
     assert flops == pytest.approx(32 * (2 * 7 + 1 + 5 + 2) * PRODUCT, rel=1e-9)
 
 
-@pytest.mark.parametrize("config", ["paper", "balanced", "best"])
+@pytest.mark.parametrize(
+    "config",
+    [*(PRESETS[name] for name in ("paper", "balanced", "best")), MAIHTConfig(allocation="owl")],
+    ids=["paper", "balanced", "best", "owl"],
+)
 def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch, config):
     """A block's capture and reconstruction, of a model that is large enough for what happens once not to matter."""
     model = tiny_llama(vocab_size=64, num_hidden_layers=6)
     windows = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
-    config = PRESETS[config]
     epochs = 2 if config.reconstruction_epochs else 0
 
     class Halving:
@@ -146,7 +149,7 @@ def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch,
         def __init__(self, gram, spec, drift=None):
             assert (drift is not None) == (spec.config.dense_targets > 0)
 
-        def prune(self, weight):
+        def prune(self, weight, pattern):
             mask = weight.abs() > weight.abs().median()
             return LayerResult(weight * mask, mask, 0.5, [], [], 0.0)
 
@@ -160,7 +163,7 @@ def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch,
     spec = PruningSpec.parse(config=replace(config, reconstruction_epochs=epochs))
     found = predict_pruning(model, spec, samples=16, seqlen=16, batch_size=1)
     assert list(found) == ["capture", "solve", *(["reconstruct"] if epochs else [])]
-    assert found["capture"]["flops"] == pytest.approx(counted["capture"], rel=0.15)
+    assert found["capture"]["flops"] == pytest.approx(counted["capture"], rel=0.12)
     if epochs:
         assert found["reconstruct"]["flops"] == pytest.approx(counted["reconstruct"], rel=0.15)
     assert all(phase["seconds"] > 0 and phase["device_bytes"] > 0 for phase in found.values())

@@ -136,6 +136,8 @@ CONFIG = {
     "sublayers": True,
     "reconstruction_epochs": 1,
     "reconstruction_rate": 0.02,
+    "allocation": "depth",
+    "allocation_spread": 0.1,
 }
 # One that has a sense with another alone.
 TOGETHER = {"sublayers": True, "dense_targets": 0.5}

@@ -417,11 +417,11 @@ def test_a_layer_that_fails_is_named_alone(llama, windows, monkeypatch):
     before, original = state(llama), pruner.LayerSolver.prune
     calls = []
 
-    def fail(self, weight):
+    def fail(self, weight, pattern):
         calls.append(weight)
         if len(calls) == 7 + 2:
             raise FloatingPointError("x")
-        return original(self, weight)
+        return original(self, weight, pattern)
 
     monkeypatch.setattr(pruner.LayerSolver, "prune", fail)
     with pytest.raises(PruningError, match=r"^model\.layers\.1\.self_attn\.k_proj could not be pruned: x"):

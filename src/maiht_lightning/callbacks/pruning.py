@@ -19,7 +19,7 @@ from ..interrupts import interrupts
 from ..models.offload import is_sharded
 from ..models.sparsity import count_zeros, layers_that_lost_zeros, measured_sparsity
 from ..pruning.journal import read_records
-from ..pruning.pruner import has_pattern
+from ..pruning.pruner import has_zeros
 from ..records import LayerRecord, PruningReport
 from ..reporting.summary import Summary
 from ..solvers import MAIHTConfig, PruningSpec
@@ -225,7 +225,7 @@ class MAIHTPruning(Callback):
             self._leave_out_training(trainer)
         check_reachable(self.schedule[self.done :], trainer)
         trains_sparse = self.done == 0 and find_callback(trainer, FrozenSparsity) is not None
-        if trains_sparse and has_pattern(self.run.model, self.spec.pattern):
+        if trains_sparse and has_zeros(self.run.model, self.spec):
             rank_zero_info("MAIHTPruning: the model has the zeros asked for; it is trained on with them and not pruned")
             self.done, self._pruned_step = len(self.schedule), trainer.global_step
             self.run.measure("pruned")

@@ -272,16 +272,22 @@ def _streams(job: Job) -> int:
 def _passes(shape: ModelShape, job: Job, tokens: float) -> float:
     """Count the operations of all forward passes of one block's capture."""
     whole = _forward_flops(shape, job, tokens)
+    # The dense model goes first alone where the zeros are shared out by what its layers see.
+    measured = whole if _measures(job) else 0.0
     if not job.settings.sublayers:
         # The dense block runs up to the input of its last layer; then the pruned one, and the dense one beside it.
-        return (1 + _streams(job)) * whole - 2.0 * tokens * shape.layers[-1].weights
+        return measured + (1 + _streams(job)) * whole - 2.0 * tokens * shape.layers[-1].weights
     # For every group a pass up to its input, and one of the whole block in the end.
     passed, total = 0, whole
     for number, group in enumerate(shape.groups):
         attention = job.seqlen * shape.attention_width if number else 0
         total += tokens * (2.0 * passed + attention)
         passed += sum(layer.weights for layer in group)
-    return _streams(job) * total
+    return measured + _streams(job) * total
+
+
+def _measures(job: Job) -> bool:
+    return job.settings.allocation in ("owl", "error")
 
 
 def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
@@ -299,7 +305,8 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     gram_rate = device.flops_tf32 if size == 2 or job.settings.precision == "tf32" else device.flops_fp32
     seconds = forward / _rate(job, device) + grams / gram_rate + shape.blocks * moved / device.bandwidth
     # A pass up to the last layer's input has nearly all that lies between the products of a whole one.
-    runs = forward / shape.blocks / _forward_flops(shape, job, tokens) if job.settings.sublayers else 1 + _streams(job)
+    whole_passes = forward / shape.blocks / _forward_flops(shape, job, tokens)
+    runs = whole_passes if job.settings.sublayers else 1 + _streams(job) + _measures(job)
     seconds += shape.blocks * runs * tokens * shape.block_counts(size).forward / device.bandwidth_uncached
     if job.offload != "none":
         seconds += shape.blocks * _block_bytes(shape, job) / device.host_link
@@ -311,7 +318,8 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
     working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest)
-    memory = device.baseline_bytes + _resident(shape, job) + sums + _streams(job) * _hidden(shape, job) + working
+    streams = max(_streams(job), 1 + _measures(job))
+    memory = device.baseline_bytes + _resident(shape, job) + sums + streams * _hidden(shape, job) + working
     return Phase("capture", forward + grams, seconds, memory)
 
 

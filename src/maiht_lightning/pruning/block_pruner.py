@@ -5,7 +5,7 @@ hidden states the dense model's may go along, for layers that are fitted to its 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..distributed import RankError, Ranks
 from ..models.blocks import find_linears, weight_of, write_weight
 from ..models.offload import BlockLoader, copy_of
 from ..records import LayerRecord, PruningReport
-from ..solvers import LayerResult, LayerSolver, PruningSpec
+from ..solvers import LayerResult, LayerSolver, Pattern, PruningSpec
 from .journal import Journal, block_file
 from .reconstruction import reconstruct
 
@@ -39,6 +39,7 @@ class BlockPruner:
         journal_dir: Its folder, in all processes: models on disk find their pruned weights in its files.
         bar: The progress bar, which counts layers.
         dense: The same windows, as inputs of the first block of the dense model; None where it is not needed.
+        patterns: Patterns of layers that have their own, by path in the model.
 
     Attributes:
         report: Times and records so far.
@@ -54,10 +55,11 @@ class BlockPruner:
         journal_dir: Path | None,
         bar: "tqdm[None]",
         dense: BlockInputs | None = None,
+        patterns: Mapping[str, Pattern] | None = None,
     ) -> None:
         self.loader, self.inputs, self.spec, self.ranks = loader, inputs, spec, ranks
         self.journal, self.journal_dir = journal, journal_dir
-        self.dense = dense
+        self.dense, self.patterns = dense, patterns or {}
         self.report = PruningReport()
         self._bar = bar
 
@@ -257,7 +259,7 @@ class BlockPruner:
             group.gram, group.drift = group.gram.new_empty(0), None
             for name in group.names:
                 concerned = [name]
-                result = shared.prune(weight_of(linears[name]))
+                result = shared.prune(weight_of(linears[name]), self.patterns.get(f"{self._path(index)}.{name}"))
                 self._show(index, f"{name}, error {result.relative_error:.4f}")
                 self._bar.update()
                 yield name, result

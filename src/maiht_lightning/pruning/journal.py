@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2
 RECORDS = "records.json"
+ALLOCATION = "allocation.json"
 # What a damaged file may lead to, in safetensors, in JSON or where something is missing.
 _DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
@@ -112,6 +113,15 @@ class Journal:
         }
         save_file(tensors, partial, metadata=metadata)
         put_in_place(partial, block_file(self.folder, block))
+
+    def allocation(self) -> dict[str, int] | None:
+        """Read the zeros of each layer's units, by path, that the blocks so far were pruned with; None if unknown."""
+        found = self._read(self.folder / ALLOCATION)
+        return found if isinstance(found, dict) else None
+
+    def save_allocation(self, zeros: dict[str, int]) -> None:
+        """Save the zeros of each layer's units: it is decided by the dense model, which a resumed pruning has not."""
+        _write_json(self.folder / ALLOCATION, zeros)
 
     def _continues(self, found: Any, settings: dict[str, Any]) -> bool:
         # Other versions' blocks are taken over, but not those of a journal that is newer than this code.

@@ -41,6 +41,7 @@ from ..models.offload import (
 from ..records import LayerRecord, PruningReport
 from ..solvers import MAIHTConfig, Pattern, PruningSpec
 from ..solvers.slices import solver_bytes
+from .allocation import allocate, layer_sizes
 from .block_pruner import BlockPruner
 from .journal import Journal, fingerprint
 
@@ -163,8 +164,9 @@ def prune_model(
         tqdm(total=layers, desc="Pruning", unit="layer", disable=not (progress and ranks.is_main)) as bar,
     ):
         inputs = _record_inputs(model, batches, loader, store)
+        patterns = _allocate(loader, inputs, store, spec, ranks, journal)
         dense = inputs.twin(store) if spec.config.has_dense_stream else None
-        pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar, dense)
+        pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar, dense, patterns)
         pruner.report.capture_seconds = time.perf_counter() - started
         for records in pruner.run():
             if on_block is not None:
@@ -205,6 +207,27 @@ def _open_journal(
     return journal
 
 
+def _allocate(
+    loader: BlockLoader,
+    inputs: BlockInputs,
+    store: HiddenStateStore,
+    spec: PruningSpec,
+    ranks: Ranks,
+    journal: Journal | None,
+) -> dict[str, Pattern]:
+    """Patterns of the layers by path, with the zeros that a journal's blocks were pruned with; none if uniform."""
+    if spec.config.allocation == "uniform":
+        return {}
+    sizes = {layer.path: layer.size for layer in layer_sizes(loader, spec)}
+    zeros = ranks.broadcast_object(None if journal is None else journal.allocation())
+    if zeros is None or zeros.keys() != sizes.keys():
+        twin = None if spec.config.allocation == "depth" else inputs.twin(store)
+        zeros = allocate(loader, twin, spec, ranks)
+        if journal is not None:
+            journal.save_allocation(zeros)
+    return {path: spec.pattern.with_zeros(zeros[path], size) for path, size in sizes.items()}
+
+
 def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: BlockLoader) -> Storage:
     """Choose where hidden states of so many tokens go, with room on the device for a block and its solver."""
     shapes = [weight_of(linear).shape for linear in find_linears(loader.blocks.modules[0]).values()]
@@ -214,7 +237,7 @@ def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: Bl
     solver = max(solver_bytes(s, config.dtype, config.memory_budget) + 2 * item * s[1] ** 2 for s in shapes)
     # Three blocks may be on the device: the one at work, the one before it and the one that is read meanwhile.
     working = grams + solver + 3 * loader.block_bytes()
-    streams = 2 if config.has_dense_stream else 1
+    streams = 2 if config.has_dense_stream or config.allocation not in ("uniform", "depth") else 1
     return choose_storage(streams * tokens * hidden_bytes(model), loader.device, working)
 
 
@@ -281,6 +304,13 @@ def _count_padded(windows: Tensor, config: Any) -> int:
     return int((is_padding[:, :shortest].all(1) | is_padding[:, -shortest:].all(1)).sum())
 
 
-def has_pattern(model: nn.Module, pattern: Pattern) -> bool:
-    """Whether every linear layer in the decoder blocks has the zeros of a pattern."""
-    return all(pattern.holds_for(full_weight(linear)) for _, linear in find_blocks(model).linears())
+def has_zeros(model: nn.Module, spec: PruningSpec) -> bool:
+    """Whether the linear layers in the decoder blocks have the zeros asked for: each its own, or all together."""
+    weights = (full_weight(linear) for _, linear in find_blocks(model).linears())
+    if spec.config.allocation == "uniform":
+        return all(spec.pattern.holds_for(weight) for weight in weights)
+    missing = 0
+    for weight in weights:
+        units = spec.pattern.units(weight)
+        missing += len(units) * (units.shape[1] - spec.pattern.kept(weight.shape)) - int((weight == 0).sum())
+    return missing <= 0

@@ -7,6 +7,7 @@ import torch
 
 Precision = Literal["float32", "float64", "tf32"]
 Candidates = Literal["gradient", "preconditioned"]
+Allocation = Literal["uniform", "depth", "owl", "error"]
 
 # Of so many calibration batches, reconstruction holds one out, to decide by it when to stop.
 HELD_OUT = 8
@@ -48,6 +49,11 @@ class MAIHTConfig:
         reconstruction_epochs: Passes over the calibration windows in which a block's kept weights are trained until its
             outputs are the dense model's; see `maiht_lightning.pruning.reconstruction`. 0: none.
         reconstruction_rate: Adam's first step there, as a fraction of the root mean square of a layer's kept weights.
+        allocation: How a model's zeros are shared out to its layers; in total they are the same. `uniform`: as many in
+            every layer. `depth`: growing evenly from the first block to the last. `owl`: fewer in blocks with many
+            outliers. `error`: so that the next weight to go would add the same relative error in every layer. The last
+            two need one more pass of the windows through the dense model.
+        allocation_spread: By how much a layer's sparsity may lie below or above the common one.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -66,14 +72,15 @@ class MAIHTConfig:
     dense_targets: float = 0.0
     reconstruction_epochs: int = 0
     reconstruction_rate: float = 0.01
+    allocation: Allocation = "uniform"
+    allocation_spread: float = 0.08
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < float("inf"):
             raise ValueError(f"mu must be a finite number, at least 0, but found {self.mu!r}")
-        if self.candidates not in get_args(Candidates):
-            raise ValueError(
-                f"candidates must be one of {', '.join(get_args(Candidates))}, but found {self.candidates!r}"
-            )
+        for name, choices in (("candidates", Candidates), ("allocation", Allocation), ("precision", Precision)):
+            if (found := getattr(self, name)) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, but found {found!r}")
         for name in ("iterations", "refine_iterations", "reconstruction_epochs"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number, at least 0, but found {getattr(self, name)!r}")
@@ -88,22 +95,22 @@ class MAIHTConfig:
             raise ValueError(f"memory_budget must be a number of bytes, at least 1, but found {self.memory_budget!r}")
         if not 0 <= self.dense_targets <= 1:
             raise ValueError(f"dense_targets must lie between 0 and 1, but found {self.dense_targets!r}")
+        for name in ("reconstruction_rate", "allocation_spread"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a fraction, above 0 and below 1, but found {getattr(self, name)!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
         if self.dense_targets and not self.sublayers:
             raise ValueError(
                 f"dense_targets = {self.dense_targets} needs sublayers = True: a layer can only make up for the error "
                 f"of pruned layers whose outputs it sees"
-            )
-        if not 0 < self.reconstruction_rate < 1:
-            raise ValueError(
-                f"reconstruction_rate must be a fraction, above 0 and below 1, but found {self.reconstruction_rate!r}"
             )
         if self.candidates == "preconditioned" and self.memory_budget is not None:
             raise ValueError(
                 "memory_budget is for candidates = 'gradient', whose iteration can be done in slices of rows; "
                 "'preconditioned' needs the whole layer: leave the budget out, or take the preset 'paper'"
             )
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, but found {self.precision!r}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,7 +134,15 @@ class MAIHTConfig:
 
 
 # Settings that journals of earlier versions do not have.
-_NEWER = {"candidates", "sublayers", "dense_targets", "reconstruction_epochs", "reconstruction_rate"}
+_NEWER = {
+    "candidates",
+    "sublayers",
+    "dense_targets",
+    "reconstruction_epochs",
+    "reconstruction_rate",
+    "allocation",
+    "allocation_spread",
+}
 
 PRESETS = {
     "paper": MAIHTConfig(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import MAIHTConfig
 from .correction import Correction
 from .methods import METHODS
-from .patterns import DEFAULT_SPARSITY
+from .patterns import DEFAULT_SPARSITY, Pattern
 from .precision import float32_products
 from .problem import relative_error, scale_gram
 from .spec import PruningSpec
@@ -119,19 +119,19 @@ class LayerSolver:
         self._seconds += time.perf_counter()
 
     @torch.no_grad()
-    def prune(self, weight: Tensor) -> LayerResult:
-        """Prune one layer; arguments, results and errors as for `prune_layer`.
+    def prune(self, weight: Tensor, pattern: Pattern | None = None) -> LayerResult:
+        """Prune one layer, with a pattern of its own or that of all; the rest as for `prune_layer`.
 
         The first result's `seconds` holds the time spent on the Gram matrix, too.
         """
         start = time.perf_counter()
         self._check(weight)
         with self._products(weight):
-            method, pattern, config = METHODS[self.spec.method], self.spec.pattern, self.spec.config
+            method, config = METHODS[self.spec.method], self.spec.config
             dense = weight if self.correction is None else self.correction.apply(weight)
             if config.keep_zeros and dense is not weight:
                 dense = torch.where(weight == 0, 0, dense)
-            solution = method.solve(dense, self.gram, self.prepared, pattern, config)
+            solution = method.solve(dense, self.gram, self.prepared, pattern or self.spec.pattern, config)
             pruned = solution.weight.to(weight.dtype)
             if not all(extreme.isfinite() for extreme in pruned.aminmax()):
                 raise FloatingPointError(

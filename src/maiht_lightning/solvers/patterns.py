@@ -6,7 +6,7 @@ counts are exact, whatever ties there are.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -52,6 +52,11 @@ class Pattern:
             return self.keep
         size = shape[1] if self.by_row else shape[0] * shape[1]
         return size - zeros_of(self.sparsity, size)
+
+    def with_zeros(self, zeros: int, size: int) -> "Pattern":
+        """The same with exactly so many zeros in each unit of so many entries."""
+        # Halfway to the next number, where no rounding of the fraction can change it.
+        return replace(self, sparsity=(zeros + 0.5) / size if zeros else 0.0)
 
     def units(self, matrix: Tensor) -> Tensor:
         """View (out, in) as (units, entries of a unit)."""

@@ -41,7 +41,13 @@ class PruningSpec:
         config = resolve_config(config, check_method(method))
         if config.candidates == "preconditioned" and method in ("aiht", "iht"):
             raise ValueError(f"candidates = 'preconditioned' is for method 'maiht', but found method {method!r}")
-        return cls(method, parse_pattern(pattern, sparsity), config)
+        parsed = parse_pattern(pattern, sparsity)
+        if parsed.group and config.allocation != "uniform":
+            raise ValueError(
+                f"pattern {pattern!r} fixes the sparsity of every layer, so that nothing can be allocated: leave "
+                f"allocation {config.allocation!r} out, or take another pattern"
+            )
+        return cls(method, parsed, config)
 
     @property
     def sparsity(self) -> float:
