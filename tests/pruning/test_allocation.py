@@ -245,6 +245,20 @@ def test_zeros_grow_in_steps(make, allocation):
     assert sum(r.zeros for r in report.layers) == sum(r.zeros for r in uniform.layers)
 
 
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_a_layer_with_more_zeros_keeps_them_and_others_get_fewer(make, allocation):
+    model = make()
+    weight = find_blocks(model).modules[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[:, : 9 * weight.shape[1] // 10] = 0
+    before = int((weight == 0).sum())
+    config = replace(PLAIN, allocation=allocation, keep_zeros=True)
+    report = prune(model, WINDOWS, sparsity=0.6, config=config, progress=False)
+    uniform = prune(make(), WINDOWS, sparsity=0.6, config=PLAIN, progress=False)
+    assert sum(r.zeros for r in report.layers) == sum(r.zeros for r in uniform.layers)
+    assert next(r.zeros for r in report.layers if r.name.endswith("1.mlp.down_proj")) == before
+
+
 def test_a_pattern_that_fixes_every_layer_is_refused(make):
     with pytest.raises(ValueError, match=r"pattern '2:4' fixes the sparsity of every layer.*'owl'"):
         prune(make(), WINDOWS, pattern="2:4", config=replace(PLAIN, allocation="owl"), progress=False)
