@@ -11,6 +11,7 @@ from weakref import proxy, ref
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -19,6 +20,7 @@ from ..capture.hidden_states import Storage
 from ..estimate.plan import predict_pruning
 from ..evaluation.evaluation import LoadedEvaluation, context_length
 from ..models.blocks import find_blocks, refuse_adapters, weight_of
+from ..models.rotary import restore_frequencies
 from ..models.sparsity import count_zeros, measured_sparsity
 from ..pruning.journal import drop_weights
 from ..pruning.pruner import check_weights, check_windows, prune_model
@@ -157,7 +159,10 @@ class PruningRun:
 def prepare_run(
     pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningModule, before: PruningRun | None
 ) -> PruningRun:
-    """Check a model and the texts for it against a callback's settings; nothing is changed.
+    """Check a model and the texts for it against a callback's settings.
+
+    Nothing is changed but rotary frequencies, which `bf16-true` has rounded in modules of other people's: they are
+    restored, or the model that is trained, pruned and measured would not be the one that its saved folder holds.
 
     Args:
         pruning: The callback.
@@ -173,6 +178,8 @@ def prepare_run(
     check_sharded(trainer, model)
     windows, evaluation = (None, None) if before is None else (before.windows, before.evaluation)
     try:
+        if restored := restore_frequencies(model):
+            rank_zero_info(f"MAIHTPruning: {', '.join(restored)} has its frequencies in float32 again")
         if not pruning.pruned:
             refuse_adapters(pl_module)
             check_weights(model, find_blocks(model), pruning.spec, on_disk_allowed=True)

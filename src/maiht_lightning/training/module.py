@@ -1,9 +1,10 @@
 """A LightningModule around any Hugging Face causal language model."""
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from importlib.util import find_spec
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from ..evaluation.perplexity import Perplexity
 from ..models.blocks import find_blocks
 from ..models.loading import check_source, load_model, load_tokenizer
+from ..models.rotary import keeping_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +27,9 @@ class CausalLMModule(LightningModule):
     """Fine-tune a causal language model with AdamW, a linear warm-up and a cosine decay to 0.
 
     The weights are loaded when the Trainer asks for them (`configure_model`), in the Trainer's precision, so
-    that wrong settings are found before. With `precision: bf16-true` they are bfloat16 throughout. Under
-    `ModelParallelStrategy` the decoder blocks are sharded over the processes (FSDP2).
+    that wrong settings are found before. With `precision: bf16-true` they are bfloat16 throughout, while buffers
+    such as rotary frequencies stay in float32, as `from_pretrained` has them. Under `ModelParallelStrategy` the
+    decoder blocks are sharded over the processes (FSDP2).
 
     Args:
         name_or_path: Hugging Face hub name, local folder, `.gguf` file (dequantised), or the path of a
@@ -102,6 +105,11 @@ class CausalLMModule(LightningModule):
         self.model = model.train()
         if self.device_mesh is not None:
             _shard(self.model, self.device_mesh)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Lightning's bf16-true casts the module with all its buffers, among them the rotary frequencies.
+        keeping_buffers(self, fn, partial(super()._apply, recurse=recurse))
+        return self
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, seqlen, vocabulary) for token ids (batch, seqlen)."""

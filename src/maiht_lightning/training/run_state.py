@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..callbacks.pruning import MAIHTPruning
 from ..callbacks.resume_point import RESUME_POINT
 from ..models.durable import put_in_place
+from .checkpoint import read_checkpoint
 
 RUN_FILE = "run.json"
 # Settings that change nothing of what a run comes to.
@@ -109,7 +109,7 @@ def last_point(folder: Path) -> ResumePoint | None:
         try:
             source = path / "meta.pt" if path.is_dir() else path
             # Mapped: the weights are not read here.
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=not path.is_dir())
+            content = read_checkpoint(source, mmap=not path.is_dir())
             if "optimizer_states" not in content and not path.is_dir():
                 continue
             pruning = content["callbacks"][MAIHTPruning.__qualname__]

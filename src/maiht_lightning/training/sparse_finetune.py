@@ -7,7 +7,6 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,6 +17,7 @@ from ..callbacks.distillation import Distillation
 from ..callbacks.monitors import reset_monitors
 from ..callbacks.pruning import MAIHTPruning
 from ..validation import check_at_least
+from .checkpoint import read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def saved_pruning(ckpt_path: str) -> dict[str, Any] | None:
     if not Path(ckpt_path).is_file():
         return None
     # Mapped: the weights are not read here.
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(ckpt_path, mmap=True)
     return checkpoint.get("callbacks", {}).get(MAIHTPruning.__qualname__)
 
 

@@ -12,6 +12,7 @@ from ..callbacks.compatibility import find_callback
 from ..callbacks.pruning import MAIHTPruning
 from ..callbacks.pruning_run import check_disk
 from ..data import c4, python_docs, wikitext2  # noqa: F401
+from .checkpoint import read_checkpoint
 
 
 class PruningTrainer(Trainer):
@@ -59,8 +60,7 @@ class PruningTrainer(Trainer):
         with self.strategy.tensor_init_context(), on_host, self.precision_plugin.module_init_context():
             model.configure_model()
         if ckpt_path is not None:
-            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-            model.load_state_dict(checkpoint["state_dict"])
+            model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
         self.precision_plugin.convert_module(model)
         if pruning.offload == "none":
             self.strategy.model_to_device()
