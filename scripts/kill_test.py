@@ -33,6 +33,8 @@ from lightning.pytorch.callbacks import Callback
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SPARSE_STEPS = 8, 8
+# By this variable W&B hands its service to a process's children: runs that shared it would be in use after their death.
+SHARED_SERVICE = "WANDB_SERVICE"
 # What differs between two undisturbed runs.
 UNSTEADY = ("seconds", "predicted", "tflops", "peak_memory_bytes", "prune/seconds", "_runtime", "_timestamp", "_step")
 
@@ -98,12 +100,13 @@ def start(folder: Path, name: str, log: str) -> "subprocess.Popen[bytes]":
     """Start `maiht fit` for a run's folder, or start it again."""
     threads = {"OMP_NUM_THREADS": "1", "STEP_NOTES": str(folder / f"{log}.steps"), "WANDB_SILENT": "true"}
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")])
+    inherited = {name: value for name, value in os.environ.items() if name != SHARED_SERVICE}
     (folder / f"{log}.steps").touch()
     with open(folder / f"{log}.log", "w") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "maiht_lightning.cli", "fit", "--config", "run.yaml", "--output_dir", name],
             cwd=folder,
-            env={**os.environ, **threads, "PYTHONPATH": path},
+            env={**inherited, **threads, "PYTHONPATH": path},
             stdout=output,
             stderr=output,
         )
