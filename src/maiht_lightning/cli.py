@@ -36,6 +36,7 @@ from .reporting.loggers import log_settings
 from .reporting.summary import Summary, fresh_run_folder
 from .reporting.wandb_rows import WandbRows
 from .training.module import CausalLMModule
+from .training.parser import Parser, check_accelerator
 from .training.run_state import RunState, last_point, move_aside, new_wandb_id, resume_command
 from .training.sparse_finetune import SparseFinetune, saved_phase, saved_pruning, sparse_finetune
 from .training.trainer import PruningTrainer
@@ -105,6 +106,7 @@ class MAIHTCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_data=True,
             trainer_class=PruningTrainer,
+            parser_class=Parser,
             save_config_callback=RunConfig,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -152,6 +154,7 @@ class MAIHTCLI(LightningCLI):
         """Put the run and its loggers into the run's folder, and see what is done of it."""
         config = self.config[self.subcommand]
         saved = saved_pruning(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path else None
+        check_accelerator(config.trainer.accelerator)
         # A fit that continues after its pruning does so in the folder in which that left its report.
         going_on = saved["output_dir"] if saved and saved["done"] else None
         folder = config.output_dir or going_on or _folder_of_all_processes()
@@ -247,7 +250,12 @@ class MAIHTCLI(LightningCLI):
         """Make the run's folder, now that the settings are known to be right."""
         folder = Path(self.trainer.default_root_dir)
         # Where it is missing, W&B may write to the system's temporary folder instead.
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MisconfigurationException(
+                f"output_dir {folder} cannot be made ({error}): give one that can"
+            ) from error
         if self.subcommand not in ("fit", "prune"):
             return
         if self.state.finished:
@@ -269,6 +277,9 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Between Lightning and torch, and for neither of them the user's to mend.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # By this variable a process that uses W&B, such as a sweep's agent, hands its service to those that it starts. The
+    # service outlives a run that is killed, and would say that it is in use when it is resumed.
+    os.environ.pop("WANDB_SERVICE", None)
     given = sys.argv[1:] if args is None else args
     try:
         with interrupts.listening():

@@ -15,6 +15,7 @@ from torch import nn
 from .evaluation.evaluation import Evaluation
 from .models.compact import check_vacant, save_compact
 from .models.loading import load_model, load_tokenizer
+from .models.offload import check_device
 from .models.sparsity import count_zeros, measured_sparsity
 from .records import Stages
 from .reporting.comparison.rows import comparison, write_comparison
@@ -39,7 +40,7 @@ def evaluate(args: list[str]) -> None:
     settings = parser.parse_args(args)
     evaluation = Evaluation(**{name: settings[name] for name in Evaluation.__dataclass_fields__})
     _check_output(settings.output)
-    _check_device(settings.device)
+    check_device(settings.device)
 
     tokenizer = load_tokenizer(settings.model)
     model = load_model(settings.model, DTYPES[settings.dtype])
@@ -142,15 +143,6 @@ def _sparsity(model: nn.Module) -> dict[str, float]:
 def _check_output(path: str | None) -> None:
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise FileNotFoundError(f"output must be a file in an existing folder, but found {path}")
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device must be one that PyTorch finds here, such as cpu, but found {name!r}: {error}"
-        ) from error
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

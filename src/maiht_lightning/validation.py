@@ -1,5 +1,10 @@
 """Checks of settings, with one form of message: "`name` must be A, but found B"."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def check_at_least(minimum: int, **settings: int) -> None:
     """Refuse settings below a minimum, by name.
@@ -21,3 +26,39 @@ def check_integer(minimum: int, **settings: object) -> None:
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ValueError(f"{name} must be a whole number, at least {minimum}, but found {value!r}")
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions a Hugging Face model is made for, by its config; None if that does not say.
+
+    Rotary models compute beyond them, but were not trained there: what they compute is no measure of them.
+    """
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def check_fits(name: str, windows: "Tensor", model: Any) -> None:
+    """Refuse token windows for which a model has no embeddings or no positions.
+
+    Args:
+        name: What the windows are of, for the message.
+        windows: Token ids (windows, seqlen), int64, at least one.
+        model: A Hugging Face causal language model.
+
+    Raises:
+        ValueError: There are ids beyond the embedding, or more tokens a window than positions.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    vocabulary = getattr(embedding, "num_embeddings", None)
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        known = "0 and more" if vocabulary is None else f"0 to {vocabulary - 1}"
+        raise ValueError(
+            f"{name} hold token ids from {low} to {high}, but the model knows {known}: were they made with another "
+            f"model's tokenizer?"
+        )
+    positions = positions_of(model)
+    if positions is not None and windows.shape[1] > positions:
+        raise ValueError(
+            f"{name} must have at most as many tokens as the model has positions, {positions} by "
+            f"max_position_embeddings in its config, but have {windows.shape[1]}: choose a smaller seqlen"
+        )

@@ -25,6 +25,7 @@ def byte_tokenizer():
 def llama_config(**changes):
     """A LLaMA of two blocks with a context of 128 tokens."""
     settings = {
+        "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -34,7 +35,7 @@ def llama_config(**changes):
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return LlamaConfig(vocab_size=VOCABULARY, **{**settings, **changes})
+    return LlamaConfig(**{**settings, **changes})
 
 
 def save_folder(path, config=None, *, dtype=torch.float32, seed=0):

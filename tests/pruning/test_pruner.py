@@ -289,7 +289,7 @@ def test_on_block_is_called_once_a_block_in_order(llama, windows):
         (lambda w: w[0], ValueError, r"\(samples, seqlen\).*\(12,\)"),
         (lambda w: w[:0], ValueError, r"\(0, 12\)"),
         (lambda w: w[:, :0], ValueError, r"\(5, 0\)"),
-        (lambda w: w + 60, ValueError, "knows 0 to 64|tokenizer"),
+        (lambda w: w + 60, ValueError, "knows 0 to 63: .*tokenizer"),
         (lambda w: w - 64, ValueError, "tokenizer"),
     ],
 )

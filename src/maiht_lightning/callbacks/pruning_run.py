@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import proxy, ref
 
@@ -222,7 +223,7 @@ def prepare_run(
 
 
 def check_disk(pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningModule, *, trains: bool) -> None:
-    """Refuse a run whose trained model, journal and results the disk has no room for, before it has cost anything.
+    """Refuse a run whose folder cannot be written or has no room for all that comes, before it has cost anything.
 
     Args:
         pruning: The callback, after `prepare`.
@@ -231,7 +232,7 @@ def check_disk(pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningMo
         trains: Whether the model is trained first, and so kept as it is then.
 
     Raises:
-        MisconfigurationException: There is too little room; the message has the sum.
+        MisconfigurationException: It cannot be written, or there is too little room; the message has the sum.
     """
     folder = pruning.run.recorder.folder
     module = sum(p.numel() * p.element_size() for p in pl_module.parameters())
@@ -250,6 +251,12 @@ def check_disk(pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningMo
         results["model_finetuned"] = size
     needed = {name: count for name, count in results.items() if not (folder / name).exists()}
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    # The first process writes all of it; on other nodes its disk may not be there.
+    problem = trainer.strategy.broadcast(_writing_problem(existing) if trainer.is_global_zero else None)
+    if problem is not None:
+        raise MisconfigurationException(
+            f"output_dir {folder} cannot be written ({problem}): give one that can, or make it so"
+        )
     free = trainer.strategy.broadcast(shutil.disk_usage(existing).free)
     if sum(needed.values()) > free:
         parts = " + ".join(f"{name} {count / 1e9:.2f} GB" for name, count in needed.items())
@@ -257,6 +264,15 @@ def check_disk(pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningMo
             f"the run needs {sum(needed.values()) / 1e9:.2f} GB in {folder} ({parts}), but its disk has "
             f"{free / 1e9:.2f} GB left: make room, or give another output_dir"
         )
+
+
+def _writing_problem(folder: Path) -> str | None:
+    """Why no file can be written in a folder, found by writing one that has no name; None if it can."""
+    try:
+        with TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return str(error)
 
 
 def _find_again(module: "ref[LightningModule]", name: str | None) -> "PreTrainedModel":

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..validation import check_at_least
+from ..validation import check_at_least, check_fits
 from .windows import pack_windows
 
 if TYPE_CHECKING:
@@ -140,17 +140,27 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Load training windows, shuffled anew in each epoch; see `EpochOrder` and `ResumingLoader`."""
-        windows = TokenWindows(self._windows["train"])
+        windows = self._data("train")
         order = EpochOrder(len(windows), self.trainer)
         return ResumingLoader(windows, self.trainer, sampler=order, **self._loader_settings())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Load validation windows, in order."""
-        return DataLoader(TokenWindows(self._windows["validation"]), **self._loader_settings())
+        return DataLoader(self._data("validation"), **self._loader_settings())
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Load test windows, in order."""
-        return DataLoader(TokenWindows(self._windows["test"]), **self._loader_settings())
+        return DataLoader(self._data("test"), **self._loader_settings())
+
+    def _data(self, split: str) -> TokenWindows:
+        """The windows of a split, which the model in training must be able to take: it is loaded by now."""
+        windows = self._windows[split]
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        for model in () if module is None else module.modules():
+            if hasattr(model, "get_input_embeddings"):
+                check_fits(f"{split} windows of {type(self).__name__}", windows, model)
+                break
+        return TokenWindows(windows)
 
     def _loader_settings(self) -> dict[str, Any]:
         # The last batch may be smaller: dropping it would leave a short text with no batch at all.

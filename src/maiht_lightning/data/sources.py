@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ def load_texts(name: str, split: str) -> list[str]:
 
     Raises:
         ValueError: There is no such name, or no such split of it.
+            Or a file is damaged or no text; the message names it.
         FileNotFoundError: `MAIHT_DATA_DIR` is set but lacks the file, or the text file is missing.
     """
     return list(iterate_texts(name, split))
@@ -56,7 +59,8 @@ def iterate_texts(name: str, split: str) -> Iterator[str]:
         file = Path(name).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"text {name!r} must be a file, but found none at {file.absolute()}")
-        return iter([file.read_text(encoding="utf-8")])
+        with _readable(file):
+            return iter([file.read_text(encoding="utf-8")])
     raise ValueError(f"text must be one of {', '.join(NAMES)}, or the path of a .txt file, but found {name!r}")
 
 
@@ -68,7 +72,8 @@ def _wikitext2(split: str) -> Iterator[str]:
     # pyarrow reads the file where it lies: `datasets` would copy it into its cache.
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    return iter(pyarrow.parquet.read_table(local, columns=["text"])["text"].to_pylist())
+    with _readable(local):
+        return iter(pyarrow.parquet.read_table(local, columns=["text"])["text"].to_pylist())
 
 
 def _c4(split: str) -> Iterator[str]:
@@ -81,9 +86,19 @@ def _c4(split: str) -> Iterator[str]:
 
 
 def _jsonl_texts(file: Path) -> Iterator[str]:
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
+    with _readable(file), gzip.open(file, "rt", encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)["text"]
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Name the file in the errors of damaged ones, and of those that hold no text."""
+    try:
+        yield
+    # Those of pyarrow and of the encoding are a ValueError, those of gzip all of the others.
+    except (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} must hold text in UTF-8, whole, but cannot be read: {error!r}: replace it") from error
 
 
 def _from_hub(path: str, *args: str, **kwargs: Any) -> Any:

@@ -132,9 +132,14 @@ def evaluation_windows(
     """
     if max_windows is not None:
         check_at_least(1, max_windows=max_windows)
-    if name == "c4":
-        documents = islice(iterate_texts("c4", "validation"), _C4_EVALUATION_DOCUMENTS)
-        windows = pack_windows(documents, tokenizer, seqlen, separator=" ")[:_C4_EVALUATION_WINDOWS]
-    else:
-        windows = pack_windows(iterate_texts(name, "test"), tokenizer, seqlen, separator="\n\n")
+    is_c4 = name == "c4"
+    texts = iterate_texts(name, "validation" if is_c4 else "test")
+    try:
+        if is_c4:
+            documents = islice(texts, _C4_EVALUATION_DOCUMENTS)
+            windows = pack_windows(documents, tokenizer, seqlen, separator=" ")[:_C4_EVALUATION_WINDOWS]
+        else:
+            windows = pack_windows(texts, tokenizer, seqlen, separator="\n\n")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     return windows[:max_windows]

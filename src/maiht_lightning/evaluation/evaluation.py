@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from ..data.windows import evaluation_windows
 from ..records import StageResult
-from ..validation import check_at_least
+from ..validation import check_at_least, check_fits, positions_of
 from .lm_eval_tasks import load_tasks
 from .perplexity import perplexity
 from .zero_shot import zero_shot
@@ -63,6 +63,8 @@ class Evaluation:
         """
         seqlen = self.seqlen or context_length(model)
         windows = {name: evaluation_windows(name, tokenizer, seqlen, self.max_windows) for name in self.perplexity}
+        for name, found in windows.items():
+            check_fits(f"windows of {name}", found, model)
         tasks = load_tasks(self.tasks, num_fewshot=self.num_fewshot) if self.tasks else {}
         return LoadedEvaluation(self, windows, tasks)
 
@@ -175,4 +177,4 @@ def _with_room(
 
 def context_length(model: nn.Module) -> int:
     """Find the model's context in tokens, at most 2,048."""
-    return min(getattr(getattr(model, "config", None), "max_position_embeddings", LONGEST_WINDOW), LONGEST_WINDOW)
+    return min(positions_of(model) or LONGEST_WINDOW, LONGEST_WINDOW)

@@ -49,6 +49,11 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         if weights and len({type(block) for block in blocks}) == 1:
             candidates.append((weights, DecoderBlocks(path, blocks)))
     if not candidates:
+        if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+            raise ValueError(
+                f"{type(model).__name__} is quantised, in layers that are no nn.Linear, but only dense weights can be "
+                f"pruned: load the model that it was made from"
+            )
         raise ValueError(
             f"{type(model).__name__} has no decoder blocks: it must hold an nn.ModuleList of equal blocks with "
             f"nn.Linear layers, as LLaMA's model.layers, but found none"

@@ -62,10 +62,26 @@ def is_offloaded(model: nn.Module, device: torch.device) -> bool:
     return any(isinstance(p, DTensor) or not _same(p.device, device) for p in model.parameters())
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """Return a device by its name; raise `ValueError` if there is none of that name here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be one that PyTorch {torch.__version__} finds here, such as cpu, but found {str(device)!r}: "
+            f"{error}"
+        ) from error
+    return torch.device(device)
+
+
 def execution_device(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
-    """The device asked for, or else that of the first parameter in memory."""
+    """The device asked for, or else that of the first parameter in memory.
+
+    Raises:
+        ValueError: See `check_device`.
+    """
     if device is not None:
-        return torch.device(device)
+        return check_device(device)
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 

@@ -42,10 +42,14 @@ from ..records import LayerRecord, PruningReport
 from ..solvers import MAIHTConfig, Pattern, PruningSpec
 from ..solvers.slices import solver_bytes
 from .allocation import allocate, layer_sizes
+from ..validation import check_fits
 from .block_pruner import BlockPruner
 from .journal import Journal, fingerprint
 
 log = logging.getLogger(__name__)
+
+# Formats of weights that can be pruned; others that float, of 8 bits, are those of quantised models.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def prune(
@@ -143,12 +147,13 @@ def prune_model(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
     blocks, ranks = find_blocks(model), Ranks(process_group)
+    device = execution_device(model, device)
     check_weights(model, blocks, spec, on_disk_allowed=journal_dir is not None)
     check_windows(windows, model)
     batches = _share_of_batches(windows, batch_size, ranks)
     journal = None if journal_dir is None else _open_journal(journal_dir, spec, model, windows, ranks)
     journal_dir = None if journal_dir is None else Path(journal_dir)
-    loader = BlockLoader(blocks, execution_device(model, device))
+    loader = BlockLoader(blocks, device)
     if hidden_states == "auto":
         hidden_states = _choose_storage(model, sum(batch.numel() for batch in batches), spec, loader)
     layers = sum(1 for _ in blocks.linears())
@@ -249,8 +254,14 @@ def check_weights(model: nn.Module, blocks: DecoderBlocks, spec: PruningSpec, *,
         weight = weight_of(linear)
         if owners[id(linear.weight)] > 1:
             raise ValueError(f"{path} shares its weight with another module, which would be pruned with it: untie them")
-        if not weight.is_floating_point():
-            raise TypeError(f"{path} has weights of {weight.dtype}: load the model in a floating-point dtype")
+        # torchao's quantised weights are tensors of a class of their own, of a dtype that they do not have.
+        kind = type(linear.weight.data)
+        if weight.dtype not in DTYPES or kind not in (Tensor, DTensor):
+            found = weight.dtype if kind in (Tensor, DTensor) else kind.__name__
+            raise TypeError(
+                f"{path} has weights of {found}: load the model in a floating-point dtype, such as torch.bfloat16, not "
+                f"quantised"
+            )
         spec.check_shape(weight.shape, path)
         if weight.is_meta:
             if not on_disk_allowed:
@@ -259,12 +270,22 @@ def check_weights(model: nn.Module, blocks: DecoderBlocks, spec: PruningSpec, *,
                 raise ValueError(f"{path} is a Conv1D on disk, which is not supported: load the model into memory")
         if weight.is_meta or isinstance(weight, DTensor):
             weight = full_tensor(linear, "weight")
-        if not all(extreme.isfinite() for extreme in weight.aminmax()):
-            raise ValueError(f"{path} has weights that are NaN or infinite: did training diverge?")
+        _check_finite(path, weight)
+    # Embedding, norms, biases and head run in the calibration, and a NaN in one of them is in every Gram matrix.
+    pruned = {id(linear.weight) for _, linear in blocks.linears()}
+    for path, parameter in model.named_parameters():
+        if id(parameter) not in pruned and parameter.is_floating_point() and not parameter.is_meta:
+            _check_finite(path, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach())
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    # NaN propagates through the extremes, which need no temporaries.
+    if weight.numel() and not all(extreme.isfinite() for extreme in weight.aminmax()):
+        raise ValueError(f"{name} has weights that are NaN or infinite: did training diverge?")
 
 
 def check_windows(windows: Tensor, model: nn.Module) -> None:
-    """Raise `TypeError` or `ValueError` unless `windows` are whole token ids (samples, seqlen) the model knows."""
+    """Raise `TypeError` or `ValueError` unless `windows` are whole token ids (samples, seqlen) that suit the model."""
     if not isinstance(windows, Tensor) or windows.dtype != torch.long:
         found = windows.dtype if isinstance(windows, Tensor) else type(windows).__name__
         raise TypeError(f"windows must be a LongTensor of token ids (samples, seqlen), but found {found}")
@@ -272,14 +293,7 @@ def check_windows(windows: Tensor, model: nn.Module) -> None:
         raise ValueError(
             f"windows must have shape (samples, seqlen), both at least 1, but found {tuple(windows.shape)}"
         )
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    vocabulary = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ValueError(
-            f"windows hold token ids from {low} to {high}, but the model knows 0 to {vocabulary}: "
-            f"were they made with another model's tokenizer?"
-        )
+    check_fits("windows", windows, model)
     if padded := _count_padded(windows, getattr(model, "config", None)):
         raise ValueError(
             f"windows must be whole, since there is no attention mask and padding would count in the Gram matrices, "
