@@ -2,6 +2,7 @@
 
     python scripts/kill_test.py                     # 30 times SIGKILL
     python scripts/kill_test.py --kills 10 --signal TERM --jobs 2
+    python scripts/kill_test.py --kills 10 --processes 2    # DDP; all processes are killed, or one of them
 
 The run is the real command with a small LLaMA and texts of its own: it trains with checkpoints, prunes with mAIHT,
 trains on with the zeros frozen, and logs to W&B on disk. Weights, `summary.json`, `layers.csv` and W&B's rows must be
@@ -40,16 +41,25 @@ UNSTEADY = ("seconds", "predicted", "tflops", "peak_memory_bytes", "prune/second
 
 
 class StepNotes(Callback):
-    """Writes a line for each training step that a process makes, into the file that STEP_NOTES names."""
+    """Writes a line for each training step that is made, into the file that STEP_NOTES names.
+
+    The processes' ids are in files beside it, by rank.
+    """
+
+    def setup(self, trainer: Any, *_: Any) -> None:
+        """Write the process's id."""
+        Path(f"{os.environ['STEP_NOTES']}.{trainer.global_rank}").write_text(str(os.getpid()))
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         """Write the line."""
+        if not trainer.is_global_zero:
+            return
         with open(os.environ["STEP_NOTES"], "a") as file:
             file.write(f"{trainer.global_step}\n")
 
 
-def write_setting(folder: Path) -> None:
-    """Write a model, texts and a configuration."""
+def write_setting(folder: Path, processes: int) -> None:
+    """Write a model, its tokenizer and a configuration for so many processes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -70,6 +80,8 @@ def write_setting(folder: Path) -> None:
         "data": {"class_path": "PythonDocsDataModule", "init_args": {"seqlen": 64, "batch_size": 4}},
         "trainer": {
             "accelerator": "cpu",
+            "devices": processes,
+            "strategy": "ddp" if processes > 1 else "auto",
             "max_steps": STEPS,
             "limit_train_batches": 5,
             "limit_val_batches": 1,
@@ -109,6 +121,8 @@ def start(folder: Path, name: str, log: str) -> "subprocess.Popen[bytes]":
             env={**inherited, **threads, "PYTHONPATH": path},
             stdout=output,
             stderr=output,
+            # A process group of its own, with the processes that it starts.
+            start_new_session=True,
         )
 
 
@@ -179,21 +193,33 @@ class Kill:
     problems: list[str]
 
 
-def kill(folder: Path, name: str, seconds: float, signum: int, whole: dict[str, Any]) -> Kill:
-    """Kill a run after some seconds, resume it, and compare it with the undisturbed one."""
+def kill(folder: Path, name: str, seconds: float, rank: int | None, signum: int, whole: dict[str, Any]) -> Kill:
+    """Kill a run after some seconds, resume it, and compare it with the undisturbed one.
+
+    Args:
+        folder: Where the runs are.
+        name: The run's.
+        seconds: When to kill it.
+        rank: Which of its processes; None for all of them.
+        signum: The signal.
+        whole: What the undisturbed run has come to.
+    """
     while True:
         process = start(folder, name, f"{name}-1")
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signum)
+            signal_process(process, folder / f"{name}-1.steps", rank, signum)
             break
         # It was quicker than the undisturbed one, so that there was nothing to kill.
         shutil.rmtree(folder / name)
         seconds *= 0.8
-    status, run = process.wait(), folder / name
-    where, trained = state(run), (run / "resume.ckpt").exists() and _is_trained(run / "resume.ckpt")
     problems = []
+    status, run = process.wait(), folder / name
+    if not group_ends(process.pid):
+        problems.append("a process lives on")
+        os.killpg(process.pid, signal.SIGKILL)
+    where, trained = state(run), (run / "resume.ckpt").exists() and _is_trained(run / "resume.ckpt")
     if signum != signal.SIGKILL and status not in (0, 128 + signum, -signum):
         problems.append(f"exit status {status}, not {128 + signum}")
     again = start(folder, name, f"{name}-2")
@@ -214,6 +240,26 @@ def kill(folder: Path, name: str, seconds: float, signum: int, whole: dict[str, 
     if (run / "resume.ckpt").exists():
         problems.append("resume.ckpt is left")
     return Kill(seconds, where, problems)
+
+
+def signal_process(process: "subprocess.Popen[bytes]", notes: Path, rank: int | None, signum: int) -> None:
+    """Send a signal to one of a run's processes, or to all; also to all as long as they are not known by rank."""
+    path = Path(f"{notes}.{rank}")
+    if rank is not None and path.exists():
+        os.kill(int(path.read_text()), signum)
+    else:
+        os.killpg(process.pid, signum)
+
+
+def group_ends(group: int) -> bool:
+    """Whether all processes of a group end within some minutes, after the first of them has."""
+    for _ in range(3000):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _is_trained(path: Path) -> bool:
@@ -248,12 +294,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="Processes of a run, by DDP on the CPU.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
     options = parser.parse_args()
     signum = signal.Signals[f"SIG{options.signal}"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_setting(folder)
+        write_setting(folder, options.processes)
         began = time.monotonic()
         process = start(folder, "whole", "whole")
         while not (folder / "whole" / "run.json").exists() and process.poll() is None:
@@ -267,15 +314,23 @@ def main() -> int:
         print(f"The undisturbed run took {last:.1f} s, of which {first:.1f} s to begin.", flush=True)
         chance = random.Random(options.seed)
         moments = [chance.uniform(first * 0.8, last) for _ in range(options.kills)]
+        # All of a run's processes die, or one alone, which the others have to notice.
+        victims = [None, *range(options.processes)] if options.processes > 1 else [0]
+        ranks = [chance.choice(victims) for _ in moments]
         failed, places = 0, Counter[str]()
         with ThreadPoolExecutor(options.jobs) as pool:
             names = [f"run{index}" for index in range(options.kills)]
-            results = pool.map(lambda name, at: kill(folder, name, at, signum, whole), names, moments)
-            for name, each in zip(names, results, strict=True):
+            results = pool.map(
+                lambda name, at, rank: kill(folder, name, at, rank, signum, whole), names, moments, ranks
+            )
+            for name, rank, each in zip(names, ranks, results, strict=True):
                 failed += bool(each.problems)
                 places[each.where] += 1
                 told = "the same" if not each.problems else "\n  ".join(["NOT THE SAME", *each.problems])
-                print(f"{name}: SIG{options.signal} after {each.seconds:.1f} s ({each.where}): {told}", flush=True)
+                whom = "" if options.processes == 1 else " to all" if rank is None else f" to rank {rank}"
+                print(
+                    f"{name}: SIG{options.signal}{whom} after {each.seconds:.1f} s ({each.where}): {told}", flush=True
+                )
         print(f"{options.kills - failed} of {options.kills} resumed runs came to the same.")
         for place, count in places.most_common():
             print(f"  {count:3d} {place}")
