@@ -17,8 +17,6 @@ from ..data.calibration import CalibrationSource
 from ..evaluation.evaluation import Evaluation
 from ..interrupts import interrupts
 from ..models.offload import is_sharded
-from ..models.sparsity import count_zeros, layers_that_lost_zeros, measured_sparsity
-from ..pruning.journal import read_records
 from ..pruning.pruner import has_zeros
 from ..records import LayerRecord, PruningReport
 from ..reporting.summary import Summary
@@ -33,10 +31,12 @@ from .compatibility import (
 )
 from .frozen import FrozenSparsity
 from .language_model import find_language_model
-from .monitors import note_saved, reset_monitors
+from .monitors import reset_monitors
 from .pruning_run import PruningRun, check_disk, prepare_run
-from .resume_point import RESUME_POINT, remove_point, restore_point, save_point
+from .resume_point import remove_point, restore_point, save_point
+from .resuming import Limits, find_point, leave_out_training, lift_limits, reload_run, settle_counters
 from .schedule import parse_schedule
+from .verification import verify_zeros, warn_of_failures, warn_of_lost_zeros
 
 
 class MAIHTPruning(Callback):
@@ -148,7 +148,7 @@ class MAIHTPruning(Callback):
         # Whether an earlier process has begun what is done now.
         self.resumes = False
         # The Trainer's limits, while they are lifted for a fit that has no step to make.
-        self._limits: tuple[int | None, int] | None = None
+        self._limits: Limits | None = None
         # Made by `prepare`, anew in each fit.
         self._run: PruningRun | None = None
 
@@ -206,7 +206,7 @@ class MAIHTPruning(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything that pruning will need, and draw its texts; resume what an earlier process has begun."""
-        if (point := self._resume_point(trainer)) is not None:
+        if (point := find_point(self, trainer)) is not None:
             restore_point(trainer, point)
             self.resumes = True
         # Only now it is known whether the fit resumes from a checkpoint of a pruned model.
@@ -214,15 +214,14 @@ class MAIHTPruning(Callback):
         self.prepare(trainer, pl_module)
         check_disk(self, trainer, pl_module, trains=True)
         if self.resumes and (self.trained or trainer.fit_loop.done):
-            # A fit that has nothing to train would be left out as a whole, and with it the hooks in which to prune.
-            self._limits = trainer.fit_loop.max_epochs, trainer.max_steps
-            trainer.fit_loop.max_epochs = trainer.fit_loop.epoch_loop.max_steps = -1
+            self._limits = lift_limits(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time; see whether there is anything to train, and to prune."""
         if self._limits is not None:
-            self._leave_out_training(trainer)
+            leave_out_training(trainer, self._limits)
+            self._limits = None
         check_reachable(self.schedule[self.done :], trainer)
         trains_sparse = self.done == 0 and find_callback(trainer, FrozenSparsity) is not None
         if trains_sparse and has_zeros(self.run.model, self.spec):
@@ -304,30 +303,14 @@ class MAIHTPruning(Callback):
                 "finished checkpoint). The model is still dense. To prune it without training: `maiht prune`, or "
                 "maiht_lightning.prune(model, windows)."
             )
-        if failures := self.summary.failures:
-            rank_zero_warn(
-                f"{len(failures)} things failed beside the pruning, and the run continued without them: "
-                + "; ".join(f"{each['phase']}: {each['message']}" for each in failures)
-            )
-        model, records = self.run.model, [] if self.report is None else self.report.layers
-        if lost := layers_that_lost_zeros(model, records):
-            raise MisconfigurationException(
-                f"{len(lost)} pruned layers lost zeros after pruning, {lost[0]} first: another callback changed the "
-                f"weights. The pruned model in {self.output_dir}/model is intact."
-            )
-        rank_zero_info(f"Zeros verified by counting: {measured_sparsity(count_zeros(model)):.4%}")
+        warn_of_failures(self.summary)
+        verify_zeros(self.run.model, [] if self.report is None else self.report.layers, self.run.recorder.folder)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn where a dense checkpoint was loaded after the pruning, such as `ckpt_path="best"`."""
-        if self.report is None or trainer.state.fn == TrainerFn.FITTING:
-            return
-        model = find_language_model(pl_module, self.model)
-        if lost := layers_that_lost_zeros(model, self.report.layers):
-            rank_zero_warn(
-                f"{len(lost)} layers have fewer zeros than when they were pruned, {lost[0]} first: was a checkpoint "
-                f"from before the pruning loaded? The pruned model is in {self.output_dir}/model."
-            )
+        if self.report is not None and trainer.state.fn != TrainerFn.FITTING:
+            warn_of_lost_zeros(find_language_model(pl_module, self.model), self.report.layers, self.output_dir)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -337,13 +320,7 @@ class MAIHTPruning(Callback):
         was_training, interrupts.training = interrupts.training, False
         self._limits = None
         if was_training and isinstance(exception, SIGTERMException):
-            loop: Any = trainer.fit_loop
-            if loop.epoch_progress.current.processed == loop.epoch_progress.current.started:
-                # Between two epochs; a loop that resumes would take the one before for a part of the next.
-                loop.epoch_loop.batch_progress.reset_on_run()
-            elif loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
-                # A loop that resumes after its validation counts this batch's step by itself.
-                loop.epoch_loop._batches_that_stepped -= 1
+            settle_counters(trainer)
             save_point(trainer, self.run.recorder.folder)
 
     # ---- The work, also for `maiht prune`
@@ -357,7 +334,7 @@ class MAIHTPruning(Callback):
         self._run = prepare_run(self, trainer, pl_module, self._run)
         self.output_dir = self._run.recorder.folder
         if self.done or self.resumes:
-            self._reload()
+            reload_run(self)
 
     def prune_and_record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do the last step of the schedule, whatever is done of the others: measure, prune, save, measure, report.
@@ -402,46 +379,6 @@ class MAIHTPruning(Callback):
     def _moves(self, pl_module: LightningModule) -> bool:
         """Whether the model goes to host memory to be pruned; shards stay where they are."""
         return self.offload == "cpu" and not is_sharded(pl_module)
-
-    def _reload(self) -> None:
-        """Read what an earlier process has written of this run, and tell the loggers of this one."""
-        recorder = self.run.recorder
-        recorder.reload(keep_finetuned=self.trained)
-        records = read_records(recorder.folder / "journal")
-        if self.pruned and self.report is None:
-            self.report = PruningReport(records) if records else None
-            recorder.begin(self.run.model)
-            recorder.resume_finetuning(records)
-
-    def _resume_point(self, trainer: Trainer) -> Path | None:
-        """The checkpoint from which this fit resumes; None where the Trainer was given one, or in a later fit."""
-        if self.resume_from is not None:
-            point, self.resume_from = self.resume_from, None
-            return point
-        if trainer.ckpt_path is not None or self.done or self.output_dir is None:
-            return None
-        point = self.output_dir / RESUME_POINT
-        return point if point.exists() else None
-
-    def _leave_out_training(self, trainer: Trainer) -> None:
-        """Let the training loop end before its first batch, with its counters as they were when it ended."""
-        assert self._limits is not None
-        loop: Any = trainer.fit_loop
-        loop.max_epochs, loop.epoch_loop.max_steps = self._limits
-        self._limits = None
-        epochs = loop.epoch_progress
-        if epochs.current.processed < epochs.current.started:
-            # A checkpoint from the last step of a fit that ended within an epoch, which is counted as done.
-            epochs.increment_processed()
-            epochs.increment_completed()
-        if loop.epoch_loop.restarted_on_train_batch_end:
-            # One from within the step, which the loop counts when the next batch comes.
-            loop.epoch_loop._batches_that_stepped += 1
-        # The setter of the loop itself takes a fit that counts steps for one that goes on.
-        loop.epoch_loop.restarting = False
-        loop.on_iteration_done()
-        trainer.should_stop = True
-        note_saved(trainer)
 
     def _tell_frozen(self, trainer: Trainer) -> None:
         """Let a `FrozenSparsity` know whether the zeros are still to come."""
