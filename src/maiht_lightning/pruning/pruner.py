@@ -41,8 +41,8 @@ from ..models.offload import (
 from ..records import LayerRecord, PruningReport
 from ..solvers import MAIHTConfig, Pattern, PruningSpec
 from ..solvers.slices import solver_bytes
-from .allocation import allocate, layer_sizes
 from ..validation import check_fits
+from .allocation import allocate, layer_sizes
 from .block_pruner import BlockPruner
 from .journal import Journal, fingerprint
 
