@@ -89,7 +89,7 @@ def test_each_of_two_processes_leaves_out_its_own_batches(seed, rank, restarting
     )
     data = Text(seqlen=2, batch_size=2)
     data.setup("fit")
-    data.trainer = SimpleNamespace(current_epoch=1, fit_loop=loop)
+    data.trainer = SimpleNamespace(current_epoch=1, fit_loop=loop, lightning_module=None)
     with _replace_dunder_methods(DataLoader, "dataset"):
         loader = data.train_dataloader()
     shared = _update_dataloader(loader, DistributedSamplerWrapper(loader.sampler, num_replicas=2, rank=rank, seed=9))
