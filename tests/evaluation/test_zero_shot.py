@@ -164,6 +164,18 @@ class Broken(Exception):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_model_in_host_memory_is_measured_on_another_device(long_llama, tokenizer, local_data, monkeypatch, has_room):
+    """The other device is the CPU, taken for another one."""
+    tasks = load_tasks(["winogrande"])
+    expected = zero_shot(long_llama, tokenizer, tasks, limit=4, batch_size=2, progress=False)
+    monkeypatch.setattr("maiht_lightning.models.offload._same", lambda one, other: False)
+    monkeypatch.setattr("maiht_lightning.models.offload._has_room", lambda device, model: has_room)
+    device = torch.device("cpu")
+    assert zero_shot(long_llama, tokenizer, tasks, limit=4, batch_size=2, progress=False, device=device) == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_all_is_left_as_found(tiny_llama, tokenizer, local_data, fails):
     # The config says tied, but the weights are two: lm-eval would tie them.

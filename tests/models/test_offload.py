@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from maiht_lightning.capture.hidden_states import HiddenStateStore, choose_storage
 from maiht_lightning.cli import main
 from maiht_lightning.evaluation.perplexity import perplexity
+from maiht_lightning.models import offload as offload_module
 from maiht_lightning.models.blocks import find_blocks
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.models.offload import BlockLoader, offloaded_forward
@@ -228,6 +229,37 @@ def test_accelerate_brings_the_values_and_takes_them_back(tiny_llama, monkeypatc
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert not any(hasattr(module, "_hf_hook") for module in model.modules())
     assert torch.equal(model(input_ids=WINDOWS, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_forward_elsewhere_leaves_the_same_parameters(tiny_llama, monkeypatch, has_room):
+    """An optimizer and masks hold these objects, and a tied head is that of the embedding."""
+    monkeypatch.setattr("maiht_lightning.models.offload._same", lambda one, other: False)
+    monkeypatch.setattr("maiht_lightning.models.offload._has_room", lambda device, model: has_room)
+    model = tiny_llama(vocab_size=64, tie_word_embeddings=True)
+    expected = model(input_ids=WINDOWS, use_cache=False).logits
+    before = {name: (tensor, tensor.data_ptr()) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    for error in (None, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), offloaded_forward(model, torch.device("cpu")):
+            assert all(parameter.is_meta for parameter in model.parameters()) != has_room
+            assert any(hasattr(module, "_hf_hook") for module in model.modules()) != has_room
+            assert torch.equal(model(input_ids=WINDOWS, use_cache=False).logits, expected)
+            if error is not None:
+                raise error
+        after = dict([*model.named_parameters(), *model.named_buffers()])
+        assert after.keys() == before.keys()
+        assert all(after[name] is tensor and tensor.data_ptr() == place for name, (tensor, place) in before.items())
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    model(input_ids=WINDOWS, labels=WINDOWS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_room_is_for_the_model_and_half_as_much_again(monkeypatch):
+    model = torch.nn.Linear(10, 10, bias=False)
+    for free, room in ((599, False), (600, True)):
+        monkeypatch.setattr("maiht_lightning.models.offload.free_memory", lambda device, free=free: free)
+        assert offload_module._has_room(torch.device("cuda"), model) == room
+    assert not offload_module._has_room(torch.device("cpu"), model)
 
 
 def test_accelerate_leaves_alone_what_is_there_or_has_hooks(tiny_llama, folder):

@@ -10,6 +10,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..models.offload import free_memory
+
 Storage = Literal["auto", "device", "host", "disk"]
 
 
@@ -32,10 +34,7 @@ def choose_storage(size: int, device: torch.device, working: int = 0) -> Storage
         `device`, `host` or `disk`.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # Memory that PyTorch's allocator has reserved and does not use is free as well.
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if size <= 0.9 * free - working:
+        if size <= 0.9 * free_memory(device) - working:
             return "device"
     elif device.type != "cpu":
         return "device"

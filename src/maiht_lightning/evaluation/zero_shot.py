@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from ..distributed import Ranks
 from ..models.blocks import evaluation_mode
@@ -54,8 +55,8 @@ def zero_shot(
         batch_size: Sequences per forward pass. As padding moves float rounding, a close choice may turn with it.
         progress: Show progress bars.
         description: Stands before the bars' names.
-        device: Where to compute; by default where the model is. Accelerate brings each layer there from host memory,
-            in every forward pass: a large `batch_size` pays.
+        device: Where to compute; by default where the model is. A model in host memory goes there as a whole where it
+            fits. Else Accelerate brings each layer, in every forward pass: a large `batch_size` pays.
         process_group: Processes that have the same model, or shards of one, and share the documents; all of them get
             the result.
 
@@ -87,7 +88,7 @@ def zero_shot(
     ):
         from lm_eval.evaluator import evaluate
 
-        wrapped = _wrapped(model, tokenizer, batch_size, ranks)
+        wrapped = _wrapped(model, tokenizer, batch_size, ranks, device)
         for task in tasks.values():
             # The seed is set at each evaluation, so that all stages of a run see the same solved examples.
             task.set_fewshot_seed(OTHER_SEED)
@@ -104,7 +105,13 @@ def zero_shot(
     return ranks.broadcast_object(numbers)
 
 
-def _wrapped(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", batch_size: int, ranks: Ranks) -> Any:
+def _wrapped(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    batch_size: int,
+    ranks: Ranks,
+    device: torch.device | None,
+) -> Any:
     """Wrap a model in memory as lm-eval's own kind of model, at work for its process's share of the documents."""
     from lm_eval.models.huggingface import HFLM
 
@@ -121,7 +128,15 @@ def _wrapped(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", batch_size:
             return gathered if ranks.rank == dst else None
 
     # lm-eval sets the tokenizer's padding side and may give it a padding token, so it gets a copy.
-    wrapped = Wrapped(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    # Processes with shards of one model must run the same forward passes. lm-eval runs equal requests once, of which
+    # one process's share may have more than another's.
+    is_shared = ranks.size > 1 and any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    wrapped = Wrapped(
+        pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, logits_cache=not is_shared
+    )
+    if device is not None:
+        # lm-eval takes the parameters' device, which is `meta` where Accelerate brings them.
+        wrapped._device = device
     wrapped._rank, wrapped._world_size = ranks.rank, ranks.size
     return wrapped
 

@@ -85,6 +85,13 @@ def execution_device(model: nn.Module, device: torch.device | str | None = None)
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process may still take."""
+    free, _ = torch.cuda.mem_get_info(device)
+    # Memory that PyTorch's allocator has reserved and does not use is free as well.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def hidden_bytes(model: nn.Module) -> int:
     """Bytes of the hidden state (hidden,) of one token."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -202,27 +209,60 @@ class BlockLoader:
 
 @contextmanager
 def offloaded_forward(model: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Let a model in host memory run as a whole on another device, layer after layer, with Accelerate's hooks.
+    """Let a model in host memory run as a whole on another device.
 
-    This is for forward passes that cannot be done block by block. Shards and modules on disk have their own hooks.
+    This is for forward passes that cannot be done block by block. Where the device has room for it, the whole model
+    goes there; else Accelerate's hooks bring it layer after layer, in each forward pass. Shards and modules on disk
+    have their own hooks. Parameters and buffers are the same objects afterwards, with the values that they had.
 
     Raises:
-        ModuleNotFoundError: Accelerate is not installed.
+        ModuleNotFoundError: Accelerate is not installed, and the model is too large for the device.
     """
     devices = [p.device for p in model.parameters() if not p.is_meta and not isinstance(p, DTensor)]
     on_disk = any(p.is_meta for p in model.parameters())
     if device is None or on_disk or not devices or all(_same(one, device) for one in devices):
         yield
         return
-    from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_submodules
+    with _tensors_kept(model):
+        if _has_room(device, model):
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.to(device)
+            yield
+            return
+        from accelerate import cpu_offload
+        from accelerate.hooks import remove_hook_from_submodules
 
-    cpu_offload(model, execution_device=device, offload_buffers=True)
+        cpu_offload(model, execution_device=device, offload_buffers=True)
+        try:
+            yield
+        finally:
+            remove_hook_from_submodules(model)
+
+
+@contextmanager
+def _tensors_kept(model: nn.Module) -> Iterator[None]:
+    """Give a model's modules the parameters and buffers back that they have now, with their values.
+
+    Accelerate puts others in their places: an optimizer and masks would hold parameters that the model no longer has.
+    """
+    owners = [vars(module)[kind] for module in model.modules() for kind in ("_parameters", "_buffers")]
+    kept = [
+        (owner, name, tensor, tensor.data) for owner in owners for name, tensor in owner.items() if tensor is not None
+    ]
     try:
         yield
     finally:
-        # Removing the hooks brings the parameters' values back to host memory.
-        remove_hook_from_submodules(model)
+        for owner, name, tensor, values in kept:
+            owner[name] = tensor
+            tensor.data = values
+
+
+def _has_room(device: torch.device, model: nn.Module) -> bool:
+    """Whether a GPU has memory for a whole model and, as much again as half of it, for what it computes."""
+    if device.type != "cuda":
+        return False
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    return 1.5 * size <= free_memory(device)
 
 
 def to_device(arguments: Any, device: torch.device | str) -> Any:
