@@ -1,5 +1,6 @@
 """Two processes that prune one model, with gloo on the CPU."""
 
+import importlib
 import json
 import os
 import socket
@@ -395,6 +396,52 @@ def test_maiht_prune_with_two_processes_as_with_one(tiny_folder, local_data, tmp
         single, shared = (found[stage] for found in stages)
         assert shared["tasks"]["arc_easy"] == pytest.approx(single["tasks"]["arc_easy"])
         assert shared["perplexity"] == pytest.approx(single["perplexity"], rel=1e-6)
+
+
+SHARDED_TASK = """
+    import json
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from helpers.byte_model import byte_tokenizer, llama_config
+    from maiht_lightning.evaluation.lm_eval_tasks import load_tasks
+    from maiht_lightning.evaluation.zero_shot import zero_shot
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(max_position_embeddings=256)).eval()
+    if not alone:
+        mesh = init_device_mesh("cpu", (world,))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    found = zero_shot(model, byte_tokenizer(), load_tasks(["arc_easy"]), progress=False, process_group=group)
+    open(f"accuracy_{world}_{rank}.json", "w").write(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_a_task_on_shards_of_a_model(tmp_path, monkeypatch):
+    """Choices that differ in their last token alone are one forward pass, but not where others wait for the shards."""
+    pytest.importorskip("lm_eval")
+    table = pytest.importorskip("pyarrow").Table
+    rows = [
+        {
+            "id": str(number),
+            "question": f"Which is it, number {number}?",
+            "choices": {"text": texts, "label": ["A", "B", "C", "D"]},
+            "answerKey": "B",
+        }
+        for number, texts in enumerate([["1", "2", "3", "4"], ["air", "water", "fire", "earth"]])
+    ]
+    folder = tmp_path / "data" / "tasks" / "arc_easy"
+    folder.mkdir(parents=True)
+    for split in ("validation", "test"):
+        importlib.import_module("pyarrow.parquet").write_table(table.from_pylist(rows), folder / f"{split}.parquet")
+    monkeypatch.setitem(ENVIRONMENT, "MAIHT_DATA_DIR", str(tmp_path / "data"))
+    for processes in (1, 2):
+        finished(SHARDED_TASK, processes, tmp_path)
+    alone, first, second = ((tmp_path / f"accuracy_{name}.json").read_text() for name in ("1_0", "2_0", "2_1"))
+    assert first == second == alone
+    assert json.loads(alone)["arc_easy"].keys() >= {"acc", "acc_norm"}
 
 
 @pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy, XLAStrategy, SingleDeviceXLAStrategy])
