@@ -8,6 +8,7 @@ import torch
 from helpers.families import VOCABULARY, make
 from maiht_lightning.capture.block_inputs import record_inputs
 from maiht_lightning.capture.grams import accumulate_grams, add_gram, mirror_, slice_rows
+from maiht_lightning.capture.sublayers import accumulate_group
 from maiht_lightning.models.blocks import find_blocks
 
 
@@ -49,3 +50,28 @@ def test_on_the_way_through_the_block_before_batches_get_its_arguments():
             model(tokens)
     handle.remove()
     assert all(torch.equal(batch.hidden, own) for batch, own in zip(inputs.batches, seen, strict=True))
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_under_autocast_inputs_count_as_they_are_multiplied(staged):
+    """Norms return float32 there; the projections' products round it to bfloat16."""
+    model = make("llama")
+    blocks = find_blocks(model).modules
+    windows = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+    seen = []
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        inputs = record_inputs(model, blocks, windows.split(2))
+        if staged:
+            names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+            group = accumulate_group(blocks[0], inputs, names)
+        else:
+            group = accumulate_grams(blocks[0], inputs)[0]
+        handle = blocks[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for tokens in windows.split(2):
+            model(tokens)
+    handle.remove()
+    assert {each.dtype for each in seen} == {torch.float32}
+    rounded = torch.cat([each.bfloat16().double().flatten(0, 1) for each in seen])
+    torch.testing.assert_close(group.gram, rounded.T @ rounded, rtol=1e-5, atol=1e-5 * float(group.gram.max()))
+    exact = torch.cat([each.double().flatten(0, 1) for each in seen])
+    assert (group.gram - exact.T @ exact).abs().max() > 1e-4 * group.gram.max()

@@ -72,6 +72,12 @@ def accumulate_grams(block: nn.Module, inputs: BlockInputs, *, tf32: bool = Fals
     return collector.groups
 
 
+def as_multiplied(inputs: Tensor) -> Tensor:
+    """A layer's inputs (..., in) as its product sees them: under autocast it rounds them to half precision."""
+    device = inputs.device.type
+    return inputs.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else inputs
+
+
 def slice_rows(size: int, device: torch.device) -> int:
     """Rows of a Gram matrix (in, in) that are computed at a time: an eighth, or more where an eighth is little."""
     least = 256 if device.type == "cpu" else 1024
@@ -155,7 +161,7 @@ class _Collector:
             self.inputs.append(inputs)
         elif self.group_of[name].names[0] != name:
             return
-        gram = self.group_of[name].gram
+        gram, inputs = self.group_of[name].gram, as_multiplied(inputs)
         # The training run may have set another precision for its own products, and autocast.
         tf32 = self.tf32 or inputs.dtype in WITHIN_TF32
         with torch.autocast(gram.device.type, enabled=False), float32_products(tf32=tf32):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..models.blocks import find_linears, weight_of
 from .block_inputs import BlockInputs
+from .grams import as_multiplied
 
 
 @dataclass
@@ -43,7 +44,7 @@ def pass_and_measure(block: nn.Module, inputs: BlockInputs) -> dict[str, LayerNo
     }
 
     def add(name: str, linear: nn.Module, seen: Tensor, returned: Tensor) -> None:
-        found[name].inputs += seen.flatten(0, -2).float().square().sum(0)
+        found[name].inputs += as_multiplied(seen).flatten(0, -2).float().square().sum(0)
         bias = getattr(linear, "bias", None)
         returned = returned if bias is None else returned - bias
         found[name].outputs += returned.float().square().sum()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models.blocks import find_linears, weight_of
 from ..solvers.precision import float32_products
 from .block_inputs import Batch, BlockInputs
-from .grams import WITHIN_TF32, InputGroup, accumulate_grams, add_gram, mirror_, slice_rows
+from .grams import WITHIN_TF32, InputGroup, accumulate_grams, add_gram, as_multiplied, mirror_, slice_rows
 
 
 @dataclass
@@ -108,7 +108,7 @@ def _input_of(block: nn.Module, name: str, batch: Batch) -> Tensor:
     """The input (tokens, in) of a layer of a block on a batch; what comes after it does not run."""
     with _stopping_at(find_linears(block)[name]) as seen, suppress(_Seen):
         batch.run(block)
-    return seen[0].reshape(-1, seen[0].shape[-1])
+    return as_multiplied(seen[0].reshape(-1, seen[0].shape[-1]))
 
 
 @contextmanager

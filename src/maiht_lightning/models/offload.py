@@ -135,6 +135,9 @@ class BlockLoader:
         self._prefetches = self.copies and not any(isinstance(parameter, DTensor) for parameter in parameters)
         self._reader = ThreadPoolExecutor(1, "block-reader") if self._prefetches else None
         self._coming: tuple[int, Future[nn.Module]] | None = None
+        # One for all reads: the allocator keeps the memory of each stream apart.
+        on_cuda = self._prefetches and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_cuda else None
 
     def __enter__(self) -> Self:
         return self
@@ -198,12 +201,11 @@ class BlockLoader:
 
     @torch.no_grad()
     def _read(self, block: nn.Module) -> nn.Module:
-        if self.device.type != "cuda":
+        if self._stream is None:
             return self._copy(block)
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._stream):
             copy = self._copy(block)
-        stream.synchronize()
+        self._stream.synchronize()
         return copy
 
 
