@@ -16,7 +16,7 @@ from maiht_lightning.models.blocks import find_blocks, find_linears, weight_of
 from maiht_lightning.models.sparsity import count_zeros
 from maiht_lightning.pruning.allocation import LayerSize, at_equal_score, distribute, outlier_shares, score_histograms
 from maiht_lightning.pruning.pruner import prune
-from maiht_lightning.solvers import MAIHTConfig, parse_pattern
+from maiht_lightning.solvers import MAIHTConfig, PruningSpec, parse_pattern
 
 WINDOWS = torch.randint(64, (6, 12), generator=torch.Generator().manual_seed(0))
 PLAIN = MAIHTConfig(iterations=6, refine_iterations=3)
@@ -259,9 +259,12 @@ def test_a_layer_with_more_zeros_keeps_them_and_others_get_fewer(make, allocatio
     assert next(r.zeros for r in report.layers if r.name.endswith("1.mlp.down_proj")) == before
 
 
-def test_a_pattern_that_fixes_every_layer_is_refused(make):
-    with pytest.raises(ValueError, match=r"pattern '2:4' fixes the sparsity of every layer.*'owl'"):
-        prune(make(), WINDOWS, pattern="2:4", config=replace(PLAIN, allocation="owl"), progress=False)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_a_pattern_that_fixes_every_layer_has_no_allocation(make, allocation):
+    config = replace(PLAIN, allocation=allocation)
+    assert PruningSpec.parse(pattern="2:4", config=config) == PruningSpec.parse(pattern="2:4", config=PLAIN)
+    report = prune(make(), WINDOWS, pattern="2:4", config=config, progress=False)
+    assert {record.sparsity for record in report.layers} == {0.5}
 
 
 @pytest.mark.parametrize("change", [{"allocation": "fair"}, {"allocation_spread": 0.0}, {"allocation_spread": 1}])

@@ -42,11 +42,9 @@ class PruningSpec:
         if config.candidates == "preconditioned" and method in ("aiht", "iht"):
             raise ValueError(f"candidates = 'preconditioned' is for method 'maiht', but found method {method!r}")
         parsed = parse_pattern(pattern, sparsity)
-        if parsed.group and config.allocation != "uniform":
-            raise ValueError(
-                f"pattern {pattern!r} fixes the sparsity of every layer, so that nothing can be allocated: leave "
-                f"allocation {config.allocation!r} out, or take another pattern"
-            )
+        if parsed.group:
+            # The pattern fixes the sparsity of every layer.
+            config = replace(config, allocation="uniform")
         return cls(method, parsed, config)
 
     @property
