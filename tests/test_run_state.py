@@ -113,6 +113,8 @@ def test_a_signal_stops_where_it_comes_and_after_what_is_held(number):
     with pytest.raises(Interrupted) as stopped, interrupts.listening():
         work()
     assert done == ["inner", "outer"]
+    with interrupts.held():
+        pass  # nobody listens any more
     assert stopped.value.code == 128 + number
     with pytest.raises(Interrupted), interrupts.listening():
         send(number)

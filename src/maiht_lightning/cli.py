@@ -32,6 +32,7 @@ from .commands import COMMANDS
 # Imported so that their classes can be given by name alone, as in `--data WikiText2DataModule`.
 from .data import c4, python_docs, wikitext2  # noqa: F401
 from .interrupts import interrupts
+from .models.durable import write_text
 from .reporting.loggers import log_settings
 from .reporting.summary import Summary, fresh_run_folder
 from .reporting.wandb_rows import WandbRows
@@ -58,7 +59,7 @@ class RunConfig(SaveConfigCallback):
         self.already_saved = True
         path = Path(trainer.default_root_dir) / "config.yaml"
         text = self.parser.dump(portable(self.config), skip_unset=False, skip_validation=True)
-        path.write_text(text)
+        write_text(path, text)
         log_settings(trainer.loggers, yaml.safe_load(text))
 
 
@@ -100,6 +101,7 @@ class MAIHTCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         # Whether an earlier process has begun the run, and what is known to have failed in it.
         self.resumes, self.failures = False, list[dict[str, str]]()
+        self.rows: list[WandbRows] = []
         MAIHTCLI.folder = None
         super().__init__(
             CausalLMModule,
@@ -239,6 +241,9 @@ class MAIHTCLI(LightningCLI):
     def _finish(self, pruning: MAIHTPruning) -> None:
         """Note that the run is done, and what of it failed."""
         folder = Path(self.trainer.default_root_dir)
+        for rows in self.rows:
+            if rows.problem is not None:
+                pruning.run.recorder.failed("W&B rows", rows.problem)
         if self.trainer.is_global_zero:
             self.state.finished = True
             self.state.write(folder)
@@ -267,7 +272,7 @@ class MAIHTCLI(LightningCLI):
             self.state.write(folder)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                WandbRows(logger, folder / f"wandb-{logger.version}.jsonl")
+                self.rows.append(WandbRows(logger, folder / f"wandb-{logger.version}.jsonl"))
 
 
 def main(args: list[str] | None = None) -> None:

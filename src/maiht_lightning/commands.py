@@ -14,6 +14,7 @@ from torch import nn
 
 from .evaluation.evaluation import Evaluation
 from .models.compact import check_vacant, save_compact
+from .models.durable import write_text
 from .models.loading import load_model, load_tokenizer
 from .models.offload import check_device
 from .models.sparsity import count_zeros, measured_sparsity
@@ -50,7 +51,7 @@ def evaluate(args: list[str]) -> None:
     found = measurement.measure(model.to(settings.device), tokenizer)
     if settings.output is not None:
         content = {"model": settings.model, **found.to_json(), **counted}
-        Path(settings.output).write_text(json.dumps(content, indent=2) + "\n")
+        write_text(Path(settings.output), json.dumps(content, indent=2) + "\n")
     zeros = f"{counted['sparsity']:.4%} zeros in its linear layers" if counted else "zeros not counted"
     Console().print(stage_table(Stages(measured=found), f"{settings.model}: {zeros}"))
 
@@ -125,7 +126,7 @@ def estimate(args: list[str]) -> None:
     advice = advise(shape, job, device, found)
     if settings.output is not None:
         content = {"model": settings.model, "device": asdict(device), "job": asdict(job), **asdict(found)}
-        Path(settings.output).write_text(json.dumps({**content, "advice": advice}, indent=2) + "\n")
+        write_text(Path(settings.output), json.dumps({**content, "advice": advice}, indent=2) + "\n")
     Console().print(phase_table(found, f"{settings.model}: {shape.parameters / 1e9:.2f} B parameters on {device.name}"))
     for sentence in advice or [f"All of it fits into the {device.memory / 2**30:.0f} GiB of {device.name}."]:
         print(sentence)

@@ -34,6 +34,7 @@ class Interrupts:
         self.signum: int | None = None
         self.training = False
         self._held = 0
+        # What handled the signals before; empty while nobody listens.
         self._before: dict[int, Any] = {}
 
     @contextmanager
@@ -49,7 +50,7 @@ class Interrupts:
         finally:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
-            self.training = False
+            self._before, self.training = {}, False
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -63,7 +64,7 @@ class Interrupts:
 
     def check(self) -> None:
         """Stop here if a signal has come and nothing holds it."""
-        if self.signum is not None and not self._held:
+        if self.signum is not None and self._before and not self._held:
             raise Interrupted(self.signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:

@@ -326,9 +326,9 @@ def test_files_are_brought_to_the_disk_before_they_have_their_names(make, tmp_pa
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), fsync(descriptor)))
     run(make(num_hidden_layers=2), tmp_path / "journal", method="magnitude")
     assert seen == [
-        *("journal/settings.partial", "journal"),
-        *("journal/block_00000.partial", "journal"),
-        *("journal/block_00001.partial", "journal"),
+        *("journal/settings.json.partial", "journal"),
+        *("journal/block_00000.safetensors.partial", "journal"),
+        *("journal/block_00001.safetensors.partial", "journal"),
     ]
     assert len(synced) == 7  # and the folder in which the journal is
 
@@ -419,10 +419,7 @@ def test_a_failed_write_leaves_no_block_file(make, tmp_path, monkeypatch):
         patch.setattr(module, "save_file", full)
         with pytest.raises(OSError, match="no space"):
             run(make(), tmp_path / "journal")
-    assert sorted(p.name for p in (tmp_path / "journal").iterdir()) == [
-        "block_00000.partial",
-        "settings.json",
-    ]
+    assert [p.name for p in (tmp_path / "journal").iterdir()] == ["settings.json"]
     model, whole = make(), make()
     run(model, tmp_path / "journal")
     prune(whole, WINDOWS, progress=False)

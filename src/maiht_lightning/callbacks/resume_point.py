@@ -1,6 +1,5 @@
 """A run's resume point: a checkpoint of a fit that has made its last step, on disk before its model is changed."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from ..interrupts import interrupts
-from ..models.durable import put_in_place
+from ..models.durable import naming, put_in_place, remove
 
 RESUME_POINT = "resume.ckpt"
 
@@ -29,23 +28,35 @@ def save_point(trainer: Trainer, folder: Path) -> None:
     """Write the resume point into a run's folder, whole or not at all, and wait until it is on the disk.
 
     It is Lightning's checkpoint of all that the Trainer holds, in the weights' dtype; all processes call this.
+
+    Raises:
+        OSError: The disk is full or cannot be written to; an older resume point is as it was.
     """
     path, partial = folder / RESUME_POINT, folder / f"{RESUME_POINT}.partial"
+    with interrupts.held(), naming(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _save(trainer, partial)
+            if trainer.is_global_zero:
+                put_in_place(partial, path)
+        except Exception:
+            if trainer.is_global_zero:
+                remove(partial)
+            raise
+        trainer.strategy.barrier("save_point")
+
+
+def _save(trainer: Trainer, path: Path) -> None:
     strategy = trainer.strategy
-    folder.mkdir(parents=True, exist_ok=True)
-    with interrupts.held():
-        if isinstance(strategy, ModelParallelStrategy):
-            # A folder with each process's shards.
-            trainer.save_checkpoint(partial)
-        else:
-            usual, strategy.checkpoint_io = strategy.checkpoint_io, _StreamingIO()
-            try:
-                trainer.save_checkpoint(partial)
-            finally:
-                strategy.checkpoint_io = usual
-        if trainer.is_global_zero:
-            put_in_place(partial, path)
-        strategy.barrier("save_point")
+    if isinstance(strategy, ModelParallelStrategy):
+        # A folder with each process's shards.
+        trainer.save_checkpoint(path)
+        return
+    usual, strategy.checkpoint_io = strategy.checkpoint_io, _StreamingIO()
+    try:
+        trainer.save_checkpoint(path)
+    finally:
+        strategy.checkpoint_io = usual
 
 
 def restore_point(trainer: Trainer, path: Path) -> None:
@@ -59,6 +70,4 @@ def remove_point(trainer: Trainer, folder: Path) -> None:
     """Remove the resume point of a run that needs none any more."""
     path = folder / RESUME_POINT
     if trainer.is_global_zero:
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
+        remove(path)

@@ -1,5 +1,6 @@
 """Where the calibration windows' hidden states wait between two blocks: on the device, in host memory or on disk."""
 
+import os
 import tempfile
 from contextlib import ExitStack
 from itertools import count
@@ -75,10 +76,27 @@ class HiddenStateStore:
     def put(self, hidden: Tensor) -> Tensor:
         """Store hidden states (windows, seqlen, hidden); returns them as a tensor there, which can be written to."""
         if self._files is not None:
-            path = str(self._files / f"batch_{next(self._numbers):06d}.bin")
-            mapped = torch.from_file(path, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+            path = self._files / f"batch_{next(self._numbers):06d}.bin"
+            _reserve(path, hidden.nbytes)
+            mapped = torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype)
             return mapped.view(hidden.shape).copy_(hidden)
         if self.storage == "device" or self.device.type == "cpu":
             return hidden.to(self.device)
         pinned = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self.device.type == "cuda")
         return pinned.copy_(hidden)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of so many bytes that are on the disk: writing to a mapped one without room ends the process.
+
+    Raises:
+        OSError: The disk has no room.
+    """
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(
+                f"{path} could not be written: {error}. Hidden states on disk take {size} bytes per batch: make room, "
+                f"or choose hidden_states device or host"
+            ) from error

@@ -9,7 +9,6 @@ layer at 50 % takes 9/16 of its dense size. A folder has one safetensors file pe
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial as partial_of
@@ -22,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .blocks import find_blocks
+from .checksums import checksum, file_checksum
 from .compact_index import INDEX, CompactFileError, CompactIndex, StoredTensor, damaged, read_index
-from .durable import checksum, file_checksum, put_in_place
+from .durable import replacing
 from .packing import pack, packed_bytes, unpack
 
 if TYPE_CHECKING:
@@ -61,14 +61,11 @@ def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, toke
         ValueError: The folder holds other files than a compact model's, or the model has no decoder blocks that could
             be packed; see `find_blocks`.
         CompactFileError: What was written is not what comes back when it is read: the disk is at fault.
+        OSError: The disk is full or cannot be written to.
     """
     path = Path(path)
     check_vacant(path)
     blocks = find_blocks(model)
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
     sparse = {f"{path}.weight" for path, _ in blocks.linears()}
     groups: dict[str, dict[str, Tensor]] = {}
     seen: set[tuple[int, torch.Size]] = set()
@@ -81,6 +78,24 @@ def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, toke
         index = name.removeprefix(f"{blocks.path}.").partition(".")[0] if name.startswith(f"{blocks.path}.") else ""
         group = f"block_{int(index):05d}" if index.isdigit() else "rest"
         groups.setdefault(f"{group}.safetensors", {})[name] = tensor.detach()
+    with replacing(path) as partial:
+        partial.mkdir()
+        _write(partial, model, groups, sparse, tokenizer)
+    return path
+
+
+def _write(
+    folder: Path, model: "PreTrainedModel", groups: dict[str, dict[str, Tensor]], sparse: set[str], tokenizer: Any
+) -> None:
+    """Write all files of a compact model into an empty folder, and read its tensors again.
+
+    Args:
+        folder: The folder.
+        model: The model.
+        groups: By the file's name the tensors that go into it.
+        sparse: Names of those weights (out, in) that may be packed.
+        tokenizer: Saved as well, unless it is None.
+    """
     stored = []
     for file, tensors in groups.items():
         packed: dict[str, Tensor] = {}
@@ -94,17 +109,16 @@ def save_compact(model: "PreTrainedModel", path: str | os.PathLike[str], *, toke
             checksums = {part: checksum(values) for part, values in parts.items()}
             stored.append(StoredTensor(name, file, tensor.dtype, tuple(tensor.shape), checksums))
             packed.update(parts)
-        save_file(packed, partial / file, metadata={"format": "pt"})
-    model.config.save_pretrained(partial)
+        save_file(packed, folder / file, metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(partial)
-    configs = {file.name: file_checksum(file) for file in sorted(partial.glob("*config.json"))}
-    CompactIndex(model.dtype, stored, configs).write(partial)
+        model.generation_config.save_pretrained(folder)
+    configs = {file.name: file_checksum(file) for file in sorted(folder.glob("*config.json"))}
+    CompactIndex(model.dtype, stored, configs).write(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    for _ in _read_tensors(partial, read_index(partial), unpacked=False):
+        tokenizer.save_pretrained(folder)
+    for _ in _read_tensors(folder, read_index(folder), unpacked=False):
         pass
-    return put_in_place(partial, path)
 
 
 @torch.no_grad()

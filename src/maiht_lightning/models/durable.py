@@ -1,32 +1,75 @@
-"""Files that outlast a crash: written beside their place, brought to the disk, then renamed; and their checksums."""
+"""Files that outlast a crash: written beside their place, brought to the disk, then renamed."""
 
 import errno
 import os
 import shutil
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from safetensors import SafetensorError
+
+from ..interrupts import interrupts
+
+# What torch's writer says where a file cannot be written to the end; it raises no OSError.
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, entries in order; a view where the tensor is contiguous."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file or folder beside its place, bring it to the disk, and give it its name.
 
+    A signal to stop waits until that is done. What cannot be written leaves nothing behind, and whatever has the name
+    as it was.
 
-def checksum(tensor: Tensor) -> str:
-    """CRC-32 of a tensor's bytes, as 8 hexadecimal digits.
+    Args:
+        path: The file or folder; folders above it are made.
 
-    It sees every damage within 32 bits, and misses one of four billion others. It takes 0.3 seconds per gigabyte;
-    SHA-256 takes twice as long where processors have instructions for it, which counts beside the reading itself.
+    Yields:
+        `NAME.partial` in the same folder, which does not exist: where to write.
+
+    Raises:
+        OSError: The disk is full or cannot be written to; the message names `path` and says what to do.
     """
-    return f"{zlib.crc32(tensor_bytes(tensor)):08x}"
+    partial = path.with_name(f"{path.name}.partial")
+    with interrupts.held(), naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        try:
+            yield partial
+            put_in_place(partial, path)
+        except Exception:
+            # On a full disk there is to be room for what is written next, such as what has failed.
+            remove(partial)
+            raise
 
 
-def file_checksum(path: Path) -> str:
-    """CRC-32 of a small file, as 8 hexadecimal digits."""
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text as `replacing` does."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn what a disk has to say inside into an `OSError` that names what was written, and says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
+            raise
+        raise OSError(
+            f"{path} could not be written: {error}. What was finished before is kept: see to it that the disk has room "
+            f"and can be written to, then start the same again"
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it; nothing happens where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -1,7 +1,6 @@
 """Hugging Face folders of a model, also of one in shards or on disk."""
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .durable import checksum, put_in_place
+from .checksums import checksum
+from .durable import replacing
 from .offload import full_tensor, is_sharded
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def save_model(
 
     Raises:
         OSError: The disk is full or cannot be written to, or what it gives back is not the model. The folder of that
-            name is as it was; what was written is in `NAME.partial`.
+            name is as it was.
     """
     state: dict[str, Tensor] | None = None
     if is_sharded(model):
@@ -51,15 +51,12 @@ def save_model(
     # Weights on disk are read into memory by one file of the folder at a time, so that small files need little of it.
     size = "2GB" if any(parameter.is_meta for parameter in model.parameters()) else "50GB"
     if writes:
-        folder = Path(folder)
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        # A copy: `save_pretrained` takes the names of tied weights out of it.
-        model.save_pretrained(partial, state_dict=None if state is None else dict(state), max_shard_size=size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        _compare(partial, model, state)
-        put_in_place(partial, folder)
+        with replacing(Path(folder)) as partial:
+            # A copy: `save_pretrained` takes the names of tied weights out of it.
+            model.save_pretrained(partial, state_dict=None if state is None else dict(state), max_shard_size=size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            _compare(partial, model, state)
 
 
 def _compare(folder: Path, model: "PreTrainedModel", state: Mapping[str, Tensor] | None) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..models.blocks import find_blocks, find_linears
-from ..models.durable import put_in_place, sync
+from ..models.durable import replacing, sync, write_text
 from ..models.offload import full_tensor, full_weight
 from ..records import LayerRecord
 
@@ -79,9 +79,8 @@ class Journal:
                 f"the model is partly pruned already, and to resume {self.folder} the dense one is needed, whose "
                 f"outputs the layers are fitted to: load it again"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            _write_json(path, settings)
+            write_text(path, json.dumps(settings, indent=2))
             sync(self.folder.absolute().parent)
 
     def load(self, block: int) -> tuple[dict[str, Tensor], list[LayerRecord]] | None:
@@ -99,10 +98,11 @@ class Journal:
             return None
 
     def save(self, block: int, weights: dict[str, Tensor], records: list[LayerRecord]) -> None:
-        """Save a finished block: its weights (out, in) by name in the block, and its records."""
-        # The records that `drop_weights` has left are those of an earlier pruning.
-        (self.folder / RECORDS).unlink(missing_ok=True)
-        partial = block_file(self.folder, block).with_suffix(".partial")
+        """Save a finished block: its weights (out, in) by name in the block, and its records.
+
+        Raises:
+            OSError: The disk is full or cannot be written to; the blocks before this one are kept.
+        """
         tensors = {name: weight.contiguous().cpu() for name, weight in weights.items()}
         text = json.dumps([asdict(record) for record in records])
         metadata = {
@@ -111,8 +111,10 @@ class Journal:
             "records_crc32": _text_checksum(text),
             "digest": _digest_of(tensors),
         }
-        save_file(tensors, partial, metadata=metadata)
-        put_in_place(partial, block_file(self.folder, block))
+        with replacing(block_file(self.folder, block)) as partial:
+            # The records that `drop_weights` has left are those of an earlier pruning.
+            (self.folder / RECORDS).unlink(missing_ok=True)
+            save_file(tensors, partial, metadata=metadata)
 
     def allocation(self) -> dict[str, int] | None:
         """Read the zeros of each layer's units, by path, that the blocks so far were pruned with; None if unknown."""
@@ -121,7 +123,7 @@ class Journal:
 
     def save_allocation(self, zeros: dict[str, int]) -> None:
         """Save the zeros of each layer's units: it is decided by the dense model, which a resumed pruning has not."""
-        _write_json(self.folder / ALLOCATION, zeros)
+        write_text(self.folder / ALLOCATION, json.dumps(zeros, indent=2))
 
     def _continues(self, found: Any, settings: dict[str, Any]) -> bool:
         # Other versions' blocks are taken over, but not those of a journal that is newer than this code.
@@ -185,7 +187,7 @@ def drop_weights(folder: str | os.PathLike[str]) -> None:
         return
     # Written before anything is deleted: a crash in between costs no record.
     if not (folder / RECORDS).exists():
-        _write_json(folder / RECORDS, [asdict(record) for record in read_records(folder)])
+        write_text(folder / RECORDS, json.dumps([asdict(record) for record in read_records(folder)], indent=2))
     for file in files:
         file.unlink()
     sync(folder)
@@ -228,13 +230,6 @@ def _record(found: dict[str, Any]) -> LayerRecord:
 
 def _text_checksum(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2))
-    put_in_place(partial, path)
 
 
 def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:

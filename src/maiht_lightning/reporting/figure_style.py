@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..models.durable import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -23,7 +25,8 @@ def blank_figure(width: float, height: float) -> "Figure":
 
 def save_png(figure: "Figure", path: Path) -> Path:
     """Write a figure and return its path."""
-    figure.savefig(path, format="png")
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
     return path
 
 

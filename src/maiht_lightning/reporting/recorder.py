@@ -99,9 +99,7 @@ class RunRecorder:
 
     def _write(self) -> None:
         if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with interrupts.held():
-                self.summary.write(self.folder)
+            self.summary.write(self.folder)
 
     # ---- Seconds
 

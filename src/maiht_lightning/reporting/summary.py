@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..models.durable import replacing, write_text
 from ..records import LayerRecord, StageResult, Stages
 
 SUMMARY_FILE = "summary.json"
@@ -82,10 +83,8 @@ class Summary:
     def write(self, folder: Path) -> None:
         """Write `summary.json`, whole or not at all."""
         stages = {name: stage.to_json() for name, stage in self.stages.items()}
-        partial = folder / f"{SUMMARY_FILE}.partial"
         content = {**vars(self), "stages": stages, "seconds": self.seconds_in_order}
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(folder / SUMMARY_FILE)
+        write_text(folder / SUMMARY_FILE, json.dumps(content, indent=2) + "\n")
 
 
 LAYER_COLUMNS = (
@@ -122,7 +121,7 @@ def layer_rows(records: list[LayerRecord]) -> list[list[Any]]:
 
 def write_layers(folder: Path, records: list[LayerRecord]) -> None:
     """Write `layers.csv`."""
-    with (folder / "layers.csv").open("w", newline="") as file:
+    with replacing(folder / "layers.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(LAYER_COLUMNS)
         writer.writerows(layer_rows(records))

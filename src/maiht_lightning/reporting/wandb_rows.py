@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from ..interrupts import interrupts
+from ..models.durable import write_text
 
 
 class WandbRows:
@@ -20,10 +23,14 @@ class WandbRows:
     Args:
         logger: The logger.
         path: A file of the run, with a line of JSON per row.
+
+    Attributes:
+        problem: Why rows are not kept any more, or None.
     """
 
     def __init__(self, logger: WandbLogger, path: Path) -> None:
         self.logger, self.path = logger, path
+        self.problem: str | None = None
         # Rows of earlier processes.
         self.rows = _read(path)
         self._known = {_identity(row["metrics"], row["step"]) for row in self.rows}
@@ -42,10 +49,8 @@ class WandbRows:
         if all(value is not None for value in numbers.values()):
             if _identity(numbers, step) in self._known:
                 return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             # Written before W&B gets it, so that it is lost in no case.
-            with self.path.open("a") as file:
-                file.write(json.dumps({"row": count, "step": step, "metrics": numbers}) + "\n")
+            self._keep(json.dumps({"row": count, "step": step, "metrics": numbers}) + "\n")
         self._log(metrics, step)
         self._count = count + 1
 
@@ -54,6 +59,23 @@ class WandbRows:
         """Log settings, with which a process begins."""
         self._hand_on()
         self._log_settings(settings)
+
+    def _keep(self, line: str) -> None:
+        """Write a row to the file. Where that fails no training is to end, since W&B gets the row all the same."""
+        if self.problem is not None:
+            # A row after one that is missing would be taken for that.
+            return
+        try:
+            with interrupts.held():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write(line)
+        except OSError as error:
+            self.problem = (
+                f"{self.path} could not be written: {error}. From here on W&B alone has the rows: those that it loses, "
+                f"should the process die, are lost"
+            )
+            rank_zero_warn(self.problem)
 
     def _hand_on(self) -> int:
         """Log the rows that W&B has lost, once; returns how many it has."""
@@ -79,7 +101,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return []
     whole, newline, rest = path.read_text().rpartition("\n")
     if rest:
-        path.write_text(whole + newline)
+        write_text(path, whole + newline)
     return [json.loads(line) for line in whole.splitlines()]
 
 

@@ -50,9 +50,9 @@ class MAIHTConfig:
             outputs are the dense model's; see `maiht_lightning.pruning.reconstruction`. 0: none.
         reconstruction_rate: Adam's first step there, as a fraction of the root mean square of a layer's kept weights.
         allocation: How a model's zeros are shared out to its layers; in total they are the same. `uniform`: as many in
-            every layer, and always so with `N:M`. `depth`: growing evenly from the first block to the last. `owl`: fewer in blocks with many
-            outliers. `error`: so that the next weight to go would add the same relative error in every layer. The last
-            two need one more pass of the windows through the dense model.
+            every layer, and always so with `N:M`. `depth`: growing evenly from the first block to the last. `owl`:
+            fewer in blocks with many outliers. `error`: so that the next weight to go would add the same relative error
+            in every layer. The last two need one more pass of the windows through the dense model.
         allocation_spread: By how much a layer's sparsity may lie below or above the common one.
 
     Raises:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ..callbacks.pruning import MAIHTPruning
 from ..callbacks.resume_point import RESUME_POINT
-from ..models.durable import put_in_place
+from ..models.durable import write_text
 from .checkpoint import read_checkpoint
 
 RUN_FILE = "run.json"
@@ -53,10 +53,7 @@ class RunState:
 
     def write(self, folder: Path) -> None:
         """Write `run.json`, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{RUN_FILE}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        put_in_place(partial, folder / RUN_FILE)
+        write_text(folder / RUN_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     def differences(self, other: "RunState") -> list[str]:
         """What another run is asked for and this one was not, such as `trainer.max_steps: 3, now 6`."""

@@ -10,6 +10,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from ...models.durable import write_text
 from ...records import STAGE_ORDER, StageResult
 from ..html import picture
 from .figure import draw_rows
@@ -36,10 +37,10 @@ def write_comparison(folder: str | Path, table: Comparison) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw_rows(folder / "perplexity.png", table.rows)
     figure = None if drawn is None else picture(drawn, "Perplexity against sparsity", FIGURE_CAPTION)
-    (folder / "report.md").write_text(table.markdown(), encoding="utf-8")
-    (folder / "report.csv").write_text(table.csv(), encoding="utf-8")
+    write_text(folder / "report.md", table.markdown())
+    write_text(folder / "report.csv", table.csv())
     page = folder / "report.html"
-    page.write_text(table.html(figure), encoding="utf-8")
+    write_text(page, table.html(figure))
     return page
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from ...models.durable import write_text
 from ...records import LayerRecord
 from .. import formats
 from ..html import picture, render
@@ -76,7 +77,7 @@ def write_page(
         config=config.read_text() if config.exists() else "",
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
