@@ -235,7 +235,7 @@ def test_partial_files_are_ignored(make, solved, tmp_path):
     whole = make()
     run(whole, folder)
     last = folder / "block_00003.safetensors"
-    (folder / "block_00003.partial").write_bytes(last.read_bytes()[:100])
+    (folder / "block_00003.safetensors.partial").write_bytes(last.read_bytes()[:100])
     last.unlink()
     solved.groups, model = 0, make()
     run(model, folder)
@@ -247,7 +247,7 @@ def test_partial_files_are_ignored(make, solved, tmp_path):
 def test_a_folder_with_only_a_partial_settings_file_is_a_new_journal(make, tmp_path):
     folder = tmp_path / "journal"
     folder.mkdir()
-    (folder / "settings.partial").write_text('{"spar')
+    (folder / "settings.json.partial").write_text('{"spar')
     run(make(), folder, method="magnitude")
     assert json.loads((folder / "settings.json").read_text())["method"] == "magnitude"
     assert list(tmp_path.iterdir()) == [folder]
