@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models.blocks import find_blocks, find_linears, weight_of
 from ..models.loading import NO_CODE, check_source
+from .known_models import known_config
 from .probe import Counts, count_block, reset_twin, width_of
 
 
@@ -146,7 +147,9 @@ class ModelShape:
 
     @classmethod
     def from_source(cls, name_or_path: str) -> "ModelShape":
-        """Find the shape of a hub name, folder, `.gguf` file or `config.json`; from the hub only the config is fetched.
+        """Find the shape of a hub name, folder, `.gguf` file or `config.json`.
+
+        Of well-known models (`KNOWN_MODELS`) nothing is fetched, and of others on the hub the config alone.
 
         Raises:
             FileNotFoundError, OSError: As `load_model`.
@@ -156,8 +159,11 @@ class ModelShape:
 
         check_source(name_or_path)
         path = Path(name_or_path).expanduser()
-        if path.suffix == ".gguf":
-            config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        known = None if path.exists() else known_config(name_or_path)
+        if known is not None:
+            config: Any = known
+        elif path.suffix == ".gguf":
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         else:
             config = AutoConfig.from_pretrained(path if path.exists() else name_or_path, **NO_CODE)
         with suppress(AttributeError):
