@@ -16,6 +16,7 @@ from ..models.saving import save_model
 from ..records import LayerRecord, PruningReport, StageResult
 from . import loggers as log
 from .environment import command, environment, peak_memory_bytes
+from .model_card import write_cards
 from .run.console import print_run
 from .run.figures import draw_figures
 from .run.page import write_page
@@ -51,6 +52,8 @@ class RunRecorder:
     global_step: Callable[[], int] = lambda: 0
     is_main: bool = True
     compact: bool = False
+    # Where the model came from.
+    _base: str = field(default="", init=False)
     # Whether the loggers know the settings.
     _told: bool = field(default=False, init=False)
     # When the phase at work began, in seconds of `time.perf_counter`.
@@ -127,7 +130,8 @@ class RunRecorder:
             self._told = True
             # Another run's summary, if there is one, must not be taken for this one's from here on.
             self._write()
-            described = {"class": type(model).__name__, "name_or_path": model.config.name_or_path}
+            self._base = model.config.name_or_path
+            described = {"class": type(model).__name__, "name_or_path": self._base}
             settings = {"pruned_model": described, "pruned_with": self.settings, "environment": environment()}
             self._log(log.start_pruning(self.loggers, settings))
 
@@ -209,6 +213,8 @@ class RunRecorder:
             figures = draw_figures(self.folder / "figures", self.summary, records)
         with self.guarded("report.html"):
             write_page(self.folder, self.summary, records, figures, self.settings, environment(), command())
+        with self.guarded("model card"):
+            write_cards(self.folder, self.summary, self._base, self.settings, environment(), command())
         self._log(log.log_figures(self.loggers, figures, self.global_step()))
         if self.compact:
             self._log(log.log_model(self.loggers, self.folder / "model_compact"))

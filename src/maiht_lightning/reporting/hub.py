@@ -1,0 +1,53 @@
+"""A run's saved model on the Hugging Face hub."""
+
+from pathlib import Path
+from typing import Any
+
+from .model_card import COMPACT, STAGE_OF
+from .summary import Summary
+
+
+def find_model(run: Path, name: str | None = None) -> Path:
+    """Find the folder of a run's model that is to be published: the newest one, or the one of this name.
+
+    Raises:
+        ValueError: There is none of that name.
+        FileNotFoundError: The folder is not a run's.
+    """
+    saved = [each for each in STAGE_OF if each in Summary.read(run).saved and (run / each).is_dir()]
+    pruned = [each for each in saved if each != "model_dense"]
+    if not pruned:
+        raise ValueError(f"{run} holds no pruned model: is its run finished?")
+    saved += [COMPACT] if (run / COMPACT).is_dir() else []
+    if name is not None and name not in saved:
+        raise ValueError(f"{run} holds the models {', '.join(saved)}, but found {name!r}")
+    return run / (name or pruned[-1])
+
+
+def push(run: Path, repo_id: str, *, name: str | None = None, private: bool = True, api: Any = None) -> str:
+    """Upload a run's saved model with its card to a repository on the hub, which is made if there is none.
+
+    Args:
+        run: The run's folder.
+        repo_id: `USER/NAME` or `ORGANISATION/NAME`.
+        name: The folder in the run: `model`, `model_finetuned`, `model_compact` or `model_dense`. None: the newest.
+        private: Whether a repository that is made is private.
+        api: The hub's client; by default `huggingface_hub.HfApi()`, with the token of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError, OSError: There is no such model; nothing is sent.
+        huggingface_hub.errors.HfHubHTTPError: The hub refuses.
+    """
+    folder = find_model(run, name)
+    if api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="maiht-lightning")
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    sent = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, commit_message=f"{folder.name} of {run.name}, by maiht-lightning"
+    )
+    return str(getattr(sent, "commit_url", sent))
