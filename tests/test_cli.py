@@ -363,6 +363,47 @@ def test_told_to_stop_and_resumed(options, bytes_folder, tmp_path, number, momen
         assert same_weights(one, two)
 
 
+DIES = """
+import os, signal, sys
+from maiht_lightning import CausalLMModule
+from maiht_lightning.cli import main
+from maiht_lightning.pruning.journal import Journal
+
+call, calls, save, step = int(sys.argv.pop(1)), [0], Journal.save, CausalLMModule.training_step
+
+def saved(*arguments):
+    save(*arguments)
+    calls[0] += 1
+    if calls[0] == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(*arguments):
+    print("a training step", flush=True)
+    return step(*arguments)
+
+Journal.save, CausalLMModule.training_step = saved, counted
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_while_pruning_within_training_and_resumed(options, bytes_folder, tmp_path):
+    """With SIGKILL after the first block of each of two prunings: no step is made twice."""
+    more = ["--trainer.max_steps", "6", "--pruning.prune_at", "{step:2: 0.3, step:4: 0.5}"]
+    more += ["--model.name_or_path", str(bytes_folder), "--pruning.method", "wanda", "--output_dir"]
+    environment = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "src"), "OMP_NUM_THREADS": "1"}
+    steps = []
+    for folder, call, status in (("out", 1, -9), ("out", 2, -9), ("out", 0, 0), ("whole", 0, 0)):
+        command = [sys.executable, "-c", DIES, str(call), "fit", *options, *more, folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr[-3000:]
+        steps.append(done.stdout.count("a training step"))
+    assert steps == [2, 2, 2, 6]
+    for name in ("model", "model_finetuned"):
+        assert same_weights(*(load_model(str(tmp_path / run / name)) for run in ("whole", "out")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart", "smollm2_wikitext2", "smollm2_recovery", "llama7b_wikitext2"])
 def test_every_configuration_is_valid_for_fit_and_prune(name, capsys):

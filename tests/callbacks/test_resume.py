@@ -14,9 +14,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
 from helpers.sharp_model import language
 from maiht_lightning import Evaluation, MAIHTPruning, SparseFinetune, sparse_finetune
+from maiht_lightning.data.module import ResumingLoader
 from maiht_lightning.evaluation import evaluation
 from maiht_lightning.evaluation.evaluation import LoadedEvaluation
 from maiht_lightning.pruning.journal import Journal
+from maiht_lightning.reporting.recorder import RunRecorder
 
 pytestmark = pytest.mark.usefixtures("text", "no_figures")
 
@@ -248,6 +250,72 @@ def test_a_fine_tune_that_died_when_it_was_trained_is_finished_without_a_step(ma
     assert same(weights(module), weights(undisturbed))
     assert summary_of(tmp_path)["stages"] == summary_of(tmp_path / "undisturbed")["stages"]
     assert not point.exists()
+
+
+# ---- Prunings within training
+
+
+class Resumable(OwnModule):
+    """Its loader leaves out what was trained on before the checkpoint; it validates within an epoch."""
+
+    def train_dataloader(self):
+        return ResumingLoader(super().train_dataloader().dataset, self.trainer, batch_size=2)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.net["lm"](input_ids=batch, labels=batch, use_cache=False).loss)
+
+    def val_dataloader(self):
+        return super().train_dataloader()
+
+
+SCHEDULES = {
+    "steps": {"prune_at": {"step:2": 0.3, "step:7": 0.5}},
+    "epochs": {"prune_at": {"epoch:1": 0.3, "epoch:2": 0.5}},
+    "end": {"prune_at": {"step:3": 0.2, "end": 0.5}},
+}
+DEATHS_WITHIN = {
+    # The call that dies, and how many training steps of twelve are left then, by schedule.
+    "measuring": (LoadedEvaluation, "measure", 1, {"steps": 10, "epochs": 8, "end": 9}),
+    "first pruning": (Journal, "save", 2, {"steps": 10, "epochs": 8, "end": 9}),
+    "second pruning": (Journal, "save", 3, {"steps": 5, "epochs": 4, "end": 0}),
+    "saving": (RunRecorder, "save", 1, {"steps": 5, "epochs": 4, "end": 0}),
+    "figures": (RunRecorder, "finish_pruning", 1, {"steps": 5, "epochs": 4, "end": 0}),
+    "next step": (Resumable, "training_step", 4, {"steps": 10}),
+    "last step": (Resumable, "training_step", 12, {"steps": 5, "epochs": 4, "end": 9}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "schedule"), [(where, schedule) for where in DEATHS_WITHIN for schedule in DEATHS_WITHIN[where][3]]
+)
+def test_a_pruning_within_training_that_died_costs_no_step_done_before(make_module, dies, tmp_path, where, schedule):
+    def fitted(folder, module):
+        module.__class__ = Resumable
+        settings = {"max_epochs": 3, "val_check_interval": 2, "num_sanity_val_steps": 0}
+        fit = trainer(pruning(folder, **SCHEDULES[schedule]), **settings)
+        fit.fit(module)
+        return fit
+
+    undisturbed, module = make_module(), make_module()
+    expected = fitted(tmp_path / "undisturbed", undisturbed)
+    assert undisturbed.steps == 12
+    calls = dies(*DEATHS_WITHIN[where][:3])
+    with pytest.raises(Died):
+        fitted(tmp_path, make_module())
+    solved = calls[0]
+    fit = fitted(tmp_path, module)
+    assert module.steps == DEATHS_WITHIN[where][3][schedule]
+    if where.endswith("pruning"):
+        # Of four blocks none is done again but the one at which it died.
+        assert calls[0] == solved + 4 - (solved - 1)
+    assert same(weights(module), weights(undisturbed))
+    assert summary_of(tmp_path)["stages"] == summary_of(tmp_path / "undisturbed")["stages"]
+    for each in (expected, fit):
+        counted = each.fit_loop.epoch_loop._batches_that_stepped
+        assert (each.global_step, each.current_epoch, counted) == (12, 3, 12)
+    assert not (tmp_path / "run" / "resume.ckpt").exists()
+    assert not list((tmp_path / "run").glob("journal*/block*"))
 
 
 # ---- What fails beside the pruning

@@ -34,7 +34,15 @@ from .language_model import find_language_model
 from .monitors import reset_monitors
 from .pruning_run import PruningRun, check_disk, prepare_run
 from .resume_point import remove_point, restore_point, save_point
-from .resuming import Limits, find_point, leave_out_training, lift_limits, reload_run, settle_counters
+from .resuming import (
+    Limits,
+    between_batches,
+    find_point,
+    leave_out_training,
+    lift_limits,
+    reload_run,
+    settle_counters,
+)
 from .schedule import parse_schedule
 from .verification import verify_zeros, warn_of_failures, warn_of_lost_zeros
 
@@ -52,10 +60,10 @@ class MAIHTPruning(Callback):
     `model_finetuned/`. That is so in a fit that continues after `prune_at`, in `sparse_finetune`, and where a
     `FrozenSparsity` stands beside this callback and the model comes with the zeros asked for.
 
-    The model as trained is on disk in `output_dir` before its first block changes. A process that dies after that costs
-    no training: the next fit with the same `output_dir` takes the model from there, goes on with the first unfinished
-    block, and repeats no measurement. What cannot be measured or reported is a warning, stands in `summary.json`, and
-    costs no model.
+    The model as trained is on disk in `output_dir` before its first block changes, within training with the optimizer's
+    state, and again after it was pruned. A process that dies after that costs no training that was done before: the next
+    fit with the same `output_dir` takes the model from there, goes on with the first unfinished block, and repeats no
+    measurement. What cannot be measured or reported is a warning, stands in `summary.json`, and costs no model.
 
     Note:
         `ModelCheckpoint`'s files from before the pruning are dense: use `output_dir/model`. Averaging callbacks
@@ -240,6 +248,7 @@ class MAIHTPruning(Callback):
         while not self.pruned and self.schedule[self.done].is_due(trainer.current_epoch, trainer.global_step):
             self.run.recorder.stop_clock("fit")
             interrupts.training = False
+            self._save_point_within_training(trainer)
             with quiet_progress_bar(trainer):
                 if self.done + 1 == len(self.schedule):
                     self.prune_and_record(trainer, pl_module)
@@ -250,8 +259,16 @@ class MAIHTPruning(Callback):
             assert frozen is not None  # added in `setup`
             frozen.freeze(trainer, pl_module)
             reset_monitors(trainer)
+            self._save_point_within_training(trainer)
+            if self.pruned:
+                self.run.drop_journals()
             self.run.recorder.start_clock()
             interrupts.training = True
+
+    def _save_point_within_training(self, trainer: Trainer) -> None:
+        """Keep all that was trained where a batch is about to begin, with the optimizers' states."""
+        with between_batches(trainer):
+            save_point(trainer, self.run.recorder.folder)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -293,6 +310,7 @@ class MAIHTPruning(Callback):
         self._restore_model(trainer, pl_module)
         if self.expects_finetune:
             save_point(trainer, self.run.recorder.folder)
+        self.run.drop_journals()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

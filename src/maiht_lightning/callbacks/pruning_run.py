@@ -112,6 +112,9 @@ class PruningRun:
                 self.recorder.summary.predicted = self._predict(spec)
         self.measure("pruned")
         self.recorder.finish_pruning(report)
+
+    def drop_journals(self) -> None:
+        """Delete the journals' weights unless they are to stay, once a run resumes without them."""
         # A model on disk reads its pruned weights from the journal.
         if self.recorder.is_main and not self.keep_journal and self.offload != "disk":
             for folder in (self.recorder.folder / "journal", *self.recorder.folder.glob("journal_*")):

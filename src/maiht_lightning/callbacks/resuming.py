@@ -1,5 +1,7 @@
 """A fit that resumes: from which checkpoint, with which loops of the Trainer, and what is known of its run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,3 +82,23 @@ def settle_counters(trainer: Trainer) -> None:
     elif loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
         # A loop that resumes after its validation counts this batch's step by itself.
         loop.epoch_loop._batches_that_stepped -= 1
+
+
+@contextmanager
+def between_batches(trainer: Trainer) -> Iterator[None]:
+    """Have the counters as they are before a batch, within `on_train_batch_start`: a checkpoint resumes with it."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    progress, stepped = loop.batch_progress, loop._batches_that_stepped
+    is_last = progress.is_last_batch
+    for counted in (progress.total, progress.current):
+        counted.ready -= 1
+    progress.is_last_batch = False
+    if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        # As in `settle_counters`; an epoch's start counts as a time to validate, too.
+        loop._batches_that_stepped -= 1
+    try:
+        yield
+    finally:
+        for counted in (progress.total, progress.current):
+            counted.ready += 1
+        progress.is_last_batch, loop._batches_that_stepped = is_last, stepped

@@ -67,5 +67,6 @@ class PruningTrainer(Trainer):
         pruning.prepare(self, model)
         check_disk(pruning, self, model, trains=False)
         pruning.prune_and_record(self, model)
+        pruning.run.drop_journals()
         for logger in self.loggers:
             logger.finalize("success")
