@@ -167,6 +167,45 @@ def test_what_fails_in_one_process_ends_all(tmp_path):
     assert "process 1" in messages[0]
 
 
+# One process fails alone: in a step of the reconstruction, or when it writes a block.
+FAIL_ALONE = """
+    from maiht_lightning.pruning import reconstruction
+    from maiht_lightning.pruning.journal import Journal
+
+    calls, real = [0], reconstruction.relative_error_per_token
+
+    def failing(*tensors):
+        calls[0] += 1
+        if rank == 1 and calls[0] == int(sys.argv[1]):
+            raise RuntimeError("made to fail")
+        return real(*tensors)
+
+    def full(*_):
+        raise OSError("the disk is full, made to fail")
+
+    reconstruction.relative_error_per_token = failing
+    if sys.argv[1] == "0":
+        Journal.save = full
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    try:
+        prune(model, windows, config="best", process_group=group, progress=False, journal_dir="journal")
+    except (RuntimeError, OSError) as error:
+        open(f"error_{rank}", "w").write(str(error))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "failed"), [("1", 1), ("3", 1), ("0", 0)], ids=["held out", "step", "journal"])
+def test_what_fails_in_one_process_within_reconstruction_or_writing_ends_all(tmp_path, call, failed):
+    finished(FAIL_ALONE, 2, tmp_path, call)
+    messages = [(tmp_path / f"error_{rank}").read_text() for rank in (0, 1)]
+    assert all("made to fail" in message for message in messages)
+    assert f"process {failed} has failed" in messages[1 - failed]
+    if failed:
+        assert all("model.layers.0 could not be reconstructed" in message for message in messages)
+
+
 WAIT = """
     import pathlib
     def on_block(records):

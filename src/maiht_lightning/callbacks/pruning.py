@@ -60,10 +60,10 @@ class MAIHTPruning(Callback):
     `model_finetuned/`. That is so in a fit that continues after `prune_at`, in `sparse_finetune`, and where a
     `FrozenSparsity` stands beside this callback and the model comes with the zeros asked for.
 
-    The model as trained is on disk in `output_dir` before its first block changes, within training with the optimizer's
-    state, and again after it was pruned. A process that dies after that costs no training that was done before: the next
-    fit with the same `output_dir` takes the model from there, goes on with the first unfinished block, and repeats no
-    measurement. What cannot be measured or reported is a warning, stands in `summary.json`, and costs no model.
+    The model as trained is on disk in `output_dir` before its first block changes, within training with the
+    optimizer's state, and again after it was pruned. A process that dies after that costs no training done before: the
+    next fit with the same `output_dir` takes the model from there, goes on with the first unfinished block, and repeats
+    no measurement. What cannot be measured or reported is a warning, stands in `summary.json`, and costs no model.
 
     Note:
         `ModelCheckpoint`'s files from before the pruning are dense: use `output_dir/model`. Averaging callbacks

@@ -97,13 +97,13 @@ class BlockPruner:
                     self.dense.pass_through(dense)
                 if self.spec.config.reconstruction_epochs:
                     self._reconstruct(block, index, weights, records)
+                self._save(index, weights, records)
             except BaseException:
                 _write(block, {name: weight_of(linear) for name, linear in find_linears(dense).items()})
                 raise
         else:
             weights, records = self._prune_groups(block, index)
-        if self.journal is not None:
-            self.journal.save(index, weights, records)
+            self._save(index, weights, records)
         self._put(index, block, weights)
         self.inputs.pass_through(block)
         return records
@@ -157,11 +157,12 @@ class BlockPruner:
         assert self.dense is not None
         start = time.perf_counter()
         self._show(index, "reconstruction")
-        self.inputs.settle()
-        # What the dense model has after this block is what the pruned block is to return.
-        self.dense.settle()
-        targets = [batch.hidden for batch in self.dense.batches]
         try:
+            with self.ranks.errors_shared():
+                self.inputs.settle()
+                # What the dense model has after this block is what the pruned block is to return.
+                self.dense.settle()
+            targets = [batch.hidden for batch in self.dense.batches]
             errors = reconstruct(block, self.inputs.batches, targets, self.spec.config, seed=index, ranks=self.ranks)
         except (ValueError, RuntimeError) as error:
             raise self._failed(index, "reconstructed", error) from error
@@ -171,6 +172,12 @@ class BlockPruner:
             record.zeros = int((weights[record.layer] == 0).sum())
             record.block_error = errors
         self.report.reconstruction_seconds += time.perf_counter() - start
+
+    def _save(self, index: int, weights: dict[str, Tensor], records: list[LayerRecord]) -> None:
+        """Bring a block's weights (out, in) to the disk before the model's change."""
+        with self.ranks.errors_shared():
+            if self.journal is not None:
+                self.journal.save(index, weights, records)
 
     def _put(self, index: int, block: nn.Module, weights: dict[str, Tensor]) -> None:
         """Write the pruned weights (out, in) into the block at work, and where the model keeps them."""

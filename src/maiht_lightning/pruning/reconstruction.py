@@ -45,6 +45,9 @@ def reconstruct(
 
     Returns:
         The mean relative error per token, ‖y − t‖² / ‖t‖², on the held-out batches, before and after.
+
+    Raises:
+        RankError: Another process has failed; the block is as it was.
     """
     ranks = ranks or Ranks()
     pairs = list(zip(inputs, targets, strict=True))
@@ -64,7 +67,7 @@ def reconstruct(
             return relative_error_per_token(output, target.to(output.device)).mean()
 
         def held_out_error() -> float:
-            with torch.no_grad():
+            with ranks.errors_shared(), torch.no_grad():
                 total = torch.stack([error(pair).double() for pair in held_out]).sum()
             both = torch.stack([total, torch.full_like(total, len(held_out))])
             ranks.all_reduce(both)
@@ -85,11 +88,13 @@ def reconstruct(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * (1 + cos(pi * step / total_steps)) / 2
                 # Not `backward`, which would leave gradients in the block's other parameters.
-                gradients = torch.autograd.grad(error(training[index]), list(weights.values()))
+                with ranks.errors_shared():
+                    gradients = torch.autograd.grad(error(training[index]), list(weights.values()))
                 for weight, gradient in zip(weights.values(), gradients, strict=True):
                     ranks.all_reduce(gradient)
                     weight.grad = gradient.div_(ranks.size)
-                optimizer.step()
+                with ranks.errors_shared():
+                    optimizer.step()
             if (now := held_out_error()) < best:
                 best = now
                 for name, weight in weights.items():
