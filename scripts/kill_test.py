@@ -46,7 +46,7 @@ class StepNotes(Callback):
     The processes' ids are in files beside it, by rank.
     """
 
-    def setup(self, trainer: Any, *_: Any) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Write the process's id."""
         Path(f"{os.environ['STEP_NOTES']}.{trainer.global_rank}").write_text(str(os.getpid()))
 
