@@ -316,6 +316,39 @@ def test_killed_while_pruning_and_resumed(options, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_parents_wandb_service_does_not_hold_a_killed_run(options, tmp_path):
+    """A process that has used W&B hands its service to its children, which a killed run would leave in use there."""
+    program = "import os, wandb; wandb.init(mode='offline'); print(os.environ['WANDB_SERVICE'], flush=True); input()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.path.join(ROOT, "src"),
+            "WANDB_SERVICE": parent.stdout.readline().strip(),
+        }
+        logger = '{"class_path": "WandbLogger", "init_args": {"offline": true, "project": "test"}}'
+        command = [sys.executable, "-m", "maiht_lightning.cli", "prune", *options, "--output_dir", "out"]
+        command += ["--trainer.logger", logger]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if list(tmp_path.glob("out/journal/block_*.safetensors")):
+                break
+            time.sleep(0.002)
+        assert list(tmp_path.glob("out/wandb/offline-run-*"))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        again = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr[-3000:]
+    finally:
+        parent.communicate("\n")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
+
+
+@pytest.mark.slow
 def test_what_failed_beside_the_pruning_is_told_at_the_end(options, no_figures, capsys, tmp_path, monkeypatch):
     def measure(*_, **__):
         raise ZeroDivisionError("no tokens")

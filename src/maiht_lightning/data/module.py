@@ -155,7 +155,7 @@ class TextDataModule(LightningDataModule):
     def _data(self, split: str) -> TokenWindows:
         """The windows of a split, which the model in training must be able to take: it is loaded by now."""
         windows = self._windows[split]
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        module: Any = getattr(self.trainer, "lightning_module", None)
         for model in () if module is None else module.modules():
             if hasattr(model, "get_input_embeddings"):
                 check_fits(f"{split} windows of {type(self).__name__}", windows, model)
