@@ -265,6 +265,29 @@ def test_compact_files_are_timed_beside_dense_ones(here, folder, monkeypatch, ca
         run_script(script, monkeypatch, "--model", folder, "--repeats", 1, "--at-most", 0.001)
 
 
+@pytest.mark.timeout(900)  # seven processes
+def test_spinning_threads_are_timed(here, monkeypatch, capsys):
+    script = load_script("bench_spinning", monkeypatch)
+    monkeypatch.setattr(script, "SHAPES", [(16, 8)])
+    run_script(script, monkeypatch, "--rounds", 1, "--threads", 1, 2, "--beside", "--json", "out.json")
+    rows = json.loads(Path("out.json").read_text())["rows"]
+    assert [(row["threads"], list(row["seconds"])) for row in rows] == [(1, script.SPINS[:1]), (2, script.SPINS)]
+    assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
+    printed = capsys.readouterr().out
+    assert all(f"{seconds:.3f}" in printed for row in rows for seconds in row["seconds"].values())
+
+
+def test_each_measurement_has_its_threads_and_spins(here, monkeypatch):
+    script = load_script("bench_spinning", monkeypatch)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    asks = (
+        "import os, sys; print({}.get(os.environ.get('GOMP_SPINCOUNT'), 1) + 10 * int(os.environ['OMP_NUM_THREADS']))"
+    )
+    monkeypatch.setattr(script, "PROGRAM", asks.format("{'3000': 3, '7': 7}"))
+    assert script.seconds((16, 8), 2, "3000", "paper") == 23
+    assert script.seconds((16, 8), 4, "default", "paper") == 41
+
+
 # ---- reproduce_recovery.py
 
 
