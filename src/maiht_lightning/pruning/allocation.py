@@ -63,7 +63,7 @@ def allocate(loader: BlockLoader, inputs: BlockInputs | None, spec: PruningSpec,
         By the layer's path in the model the zeros in each of its units, in total as many as a uniform allocation has;
         for `row` there may be one more in each row of one layer.
     """
-    wanted, spread = spec.sparsity, spec.config.allocation_spread
+    wanted, spread = spec.sparsity, spec.sparsity * spec.config.allocation_spread
     sizes = layer_sizes(loader, spec)
     # A layer keeps at least half of what it would keep in a uniform allocation.
     low, high = max(0.0, wanted - spread), min((1 + wanted) / 2, wanted + spread)

@@ -53,7 +53,7 @@ class MAIHTConfig:
             every layer, and always so with `N:M`. `depth`: growing evenly from the first block to the last. `owl`:
             fewer in blocks with many outliers. `error`: so that the next weight to go would add the same relative error
             in every layer. The last two need one more pass of the windows through the dense model.
-        allocation_spread: By how much a layer's sparsity may lie below or above the common one.
+        allocation_spread: By how much a layer's sparsity may lie below or above the common one, as a fraction of that.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -73,7 +73,7 @@ class MAIHTConfig:
     reconstruction_epochs: int = 0
     reconstruction_rate: float = 0.01
     allocation: Allocation = "uniform"
-    allocation_spread: float = 0.08
+    allocation_spread: float = 0.15
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < float("inf"):
