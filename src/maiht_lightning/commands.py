@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from .command_line.parser import CommandParser
-from .command_line.quiet import is_plain
 from rich.console import Console
 from torch import nn
 
+from .command_line.parser import CommandParser
+from .command_line.quiet import is_plain
 from .evaluation.evaluation import Evaluation
 from .models.compact import check_vacant, save_compact
 from .models.loading import load_model, load_tokenizer

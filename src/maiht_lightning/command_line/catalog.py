@@ -163,7 +163,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "Perplexity and zero-shot accuracy of any model, dense or pruned",
         "Measure the perplexity and the zero-shot accuracy of any causal language model, and count its zeros.",
-        f"maiht evaluate --model {MODEL} --perplexity '[python_docs]' --seqlen 512",
+        f"maiht evaluate --model {MODEL} \\\n    --perplexity '[python_docs]' --seqlen 512",
         (
             Setting("--model", "MODEL", "", "hub name, folder or .gguf file, dense or pruned"),
             Setting("--perplexity", "LIST", "wikitext2", "c4, python_docs, or paths of .txt files"),
@@ -179,7 +179,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(
         "Finished runs side by side: a page, tables and a figure",
-        "Compare finished runs: a page, tables in Markdown and CSV, and a figure. Runs that differ in their seeds alone "
+        "Compare finished runs: a page, tables in Markdown and CSV, and a figure. Runs that differ in seeds alone "
         "become a mean and a standard deviation.",
         "maiht report runs/A runs/B",
         (
@@ -247,10 +247,10 @@ def command_help(name: str, columns: int | None = None) -> str:
 
     Args:
         name: Of the command.
-        columns: Width; by default the terminal's, between 60 and 100.
+        columns: Width; by default the terminal's, between 70 and 100.
     """
     command = COMMANDS[name]
-    columns = min(100, max(60, columns or shutil.get_terminal_size().columns))
+    columns = min(100, max(70, columns or shutil.get_terminal_size().columns))
     heads = [f"  {f'{each.name} {each.value}'.rstrip()}" for each in command.settings]
     indent = max(map(len, heads)) + 1
 
@@ -280,7 +280,9 @@ def command_help(name: str, columns: int | None = None) -> str:
     ]
     every = f"Every setting: maiht {name} --help_all"
     if command.is_run:
-        every += f"\nAs a file:     maiht {name} --print_config > run.yaml; maiht {name} --config run.yaml"
+        every += (
+            f"\nAs a file:     maiht {name} --print_config > run.yaml\n               maiht {name} --config run.yaml"
+        )
     parts += [every, paragraph(command.status)]
     return "\n\n".join(parts)
 

@@ -83,8 +83,10 @@ def _notes(node: yaml.MappingNode, texts: dict[str, str], prefix: str = "") -> I
 
 
 def _begins_its_line(key: yaml.Node) -> bool:
-    before = key.start_mark.buffer[: key.start_mark.pointer].rpartition("\n")[2]
-    return not before.strip()
+    """Whether a comment can stand before it: not in braces, and not behind the dash of a list."""
+    mark = key.start_mark
+    assert mark.buffer is not None  # of a string
+    return not mark.buffer[: mark.pointer].rpartition("\n")[2].strip()
 
 
 def _help_of_class(path: str) -> dict[str, str]:

@@ -40,13 +40,13 @@ def examine() -> dict[str, Any]:
     needed, missing = packages()
     problems += missing
     network = reachable()
+    found: dict[str, str] = {}
     try:
         found = devices()
         try_pruning()
     except Exception as error:
-        found = {}
         # Whatever it is, from a broken library to an unknown processor: it is what a bug report needs.
-        problems.append({"what": f"pruning a small layer failed: {type(error).__name__}: {error}", "do": REINSTALL})
+        problems.append({"what": f"a small layer cannot be pruned: {type(error).__name__}: {error}", "do": REINSTALL})
     return {
         "pruning_works": not problems,
         "problems": problems,

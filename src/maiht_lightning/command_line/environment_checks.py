@@ -115,13 +115,15 @@ def devices() -> dict[str, str]:
 
 
 def try_pruning() -> None:
-    """Prune a small layer, and count its zeros.
+    """Load all that a run needs, prune a small layer, and count its zeros.
 
     Raises:
         RuntimeError: There are not as many as there must be.
+        Exception: Whatever a library that cannot be loaded raises.
     """
     import torch
 
+    from ..callbacks import pruning  # noqa: F401  (with it Lightning and transformers)
     from ..solvers import prune_layer
 
     generator = torch.Generator().manual_seed(0)

@@ -115,7 +115,8 @@ ANSWERS: tuple[tuple[str, Answer], ...] = (
         r"Problem with given class_path '(?P<path>[^']+)':\s+Parser key \"(?P<key>[^\"]+)\":(?P<rest>.*)",
         _value_in_class,
     ),
-    (r"(?:Group|Subcommand) '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'", _not_in_parser),
+    (r"Subcommand '[^']+' does not accept option (?P<group>)'(?P<key>[^']+)'", _not_in_parser),
+    (r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'", _not_in_parser),
     (r"Option (?P<group>)'(?P<key>[^']+)' is not accepted", _not_in_parser),
     (r"Expected a dot import path string: (?P<word>\S+)", _no_class),
     (r"Expected a typing\.Literal|invalid choice: ", _choice),
@@ -144,7 +145,10 @@ def _load(path: str) -> type | None:
 
 def _subclasses(base: type | None) -> Iterator[type]:
     """The classes that are loaded and may be given for a base."""
-    for cls in base.__subclasses__() if base not in (None, type, object) else ():  # type: ignore[union-attr]
+    if base is None or base in (type, object):
+        return
+    cls: type
+    for cls in base.__subclasses__():
         yield cls
         yield from _subclasses(cls)
 
@@ -152,5 +156,5 @@ def _subclasses(base: type | None) -> Iterator[type]:
 def _parameters(cls: type | None) -> Iterable[str]:
     """What the constructors of a class and of its bases take."""
     for each in () if cls is None else cls.__mro__:
-        if "__init__" in vars(each):
-            yield from inspect.signature(each.__init__).parameters
+        if (constructor := vars(each).get("__init__")) is not None:
+            yield from inspect.signature(constructor).parameters

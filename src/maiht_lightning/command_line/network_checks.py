@@ -44,7 +44,7 @@ def _answers(address: str, otherwise: str) -> str:
 
 def _all_at_once(checks: dict[str, Callable[[], str]]) -> dict[str, str]:
     """The results of all checks; those that do not come in time are left to themselves."""
-    found = {name: f"no answer within {TIMEOUT:.0f} s" for name in checks}
+    found = dict.fromkeys(checks, f"no answer within {TIMEOUT:.0f} s")
 
     def check(name: str) -> None:
         found[name] = checks[name]()

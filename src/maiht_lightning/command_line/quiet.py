@@ -65,8 +65,8 @@ def is_plain() -> bool:
 
 def prepare_process() -> None:
     """Set what libraries read when they are loaded, and processes that are started inherit; the user's choice stays."""
-    # OpenMP's threads wait at barriers by spinning, beside other work for whole time slices, so that a small layer takes
-    # many times as long.
+    # OpenMP's threads wait at barriers by spinning, beside other work for whole time slices, so that a small layer
+    # takes many times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Tokenizers warn of processes that are forked after they were used, as data loaders do.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
