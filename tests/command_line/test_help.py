@@ -60,10 +60,8 @@ except SystemExit:
 found = {{"torch", "lightning", "transformers", "jsonargparse", "numpy"}} & sys.modules.keys()
 sys.exit(f"loaded: {{found}}" if found else 0)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = maiht(program=("-c", program))
+    assert done.status == 0, done.err
 
 
 @pytest.mark.parametrize("columns", [80, 100])

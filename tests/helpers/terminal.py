@@ -1,16 +1,19 @@
 """The real command as a process of its own, with its output in files or on a terminal."""
 
 import contextlib
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # What a test before may have set, or who runs the tests, and the command decides itself.
-DECIDED = ("TQDM_DISABLE", "GOMP_SPINCOUNT", "COLUMNS", "MAIHT_TRACEBACK")
+DECIDED = ("TQDM_DISABLE", "NO_COLOR", "GOMP_SPINCOUNT", "COLUMNS", "MAIHT_TRACEBACK")
 
 
 @dataclass
@@ -35,6 +38,8 @@ def maiht(*arguments, cwd=None, terminal=False, program=("-m", "maiht_lightning.
         done = subprocess.run(command, cwd=cwd, env=environment(**changes), capture_output=True, text=True, check=False)
         return Ended(done.returncode, done.stdout, done.stderr)
     ours, theirs = pty.openpty()
+    # Of 30 lines and 100 columns: a new one has none, in which bars find no room.
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     process = subprocess.Popen(
         command, cwd=cwd, env=environment(TERM="xterm", **changes), stdin=theirs, stdout=theirs, stderr=theirs
     )
