@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # What a test before may have set, or who runs the tests, and the command decides itself.
-DECIDED = ("TQDM_DISABLE", "NO_COLOR", "GOMP_SPINCOUNT", "COLUMNS", "MAIHT_TRACEBACK")
+DECIDED = ("TQDM_DISABLE", "GOMP_SPINCOUNT", "COLUMNS", "MAIHT_TRACEBACK")
 
 
 @dataclass

@@ -73,5 +73,3 @@ def prepare_process() -> None:
     if is_plain():
         # Of all libraries: reading GGUF files, loading weights, downloads.
         os.environ.setdefault("TQDM_DISABLE", "1")
-        # W&B colours its last lines in files as well.
-        os.environ.setdefault("NO_COLOR", "1")
