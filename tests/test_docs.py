@@ -87,6 +87,7 @@ def test_there_are_commands_of_every_kind():
     assert Counter(words[0] for words in COMMANDS).keys() == {"bash", "cp", "maiht", "python"}
     assert {words[1] for words in COMMANDS if words[0] == "maiht"} == {
         *commands.COMMANDS.keys() & {"evaluate", "report", "estimate", "export"},
+        "doctor",
         "fit",
         "prune",
     }
@@ -132,10 +133,11 @@ def test_every_command_is_one_that_its_program_takes(words, tmp_path, monkeypatc
         with pytest.raises(Parsed):
             cli.main(arguments)
         return
+    more = [] if arguments[0] == "doctor" else ["--print_config"]
     with pytest.raises(SystemExit) as stopped:
-        cli.main([*arguments, "--print_config"])
+        cli.main([*arguments, *more])
     assert not stopped.value.code, capsys.readouterr().err
-    if "--help" in arguments:
+    if not more or not {"--help", "--help_all"}.isdisjoint(arguments):
         return
     # Each option has come to stand where its name says.
     config = yaml.safe_load(capsys.readouterr().out)
@@ -179,8 +181,9 @@ def strip_fences(text):
 
 
 def test_options_within_sentences_exist(settings_of_a_fit):
-    known = {"config", "help"}
-    for source in [*SCRIPTS.glob("*.py"), ROOT / "src" / "maiht_lightning" / "commands.py"]:
+    known = {"config", "help", "print_config"}
+    folder = ROOT / "src" / "maiht_lightning"
+    for source in [*SCRIPTS.glob("*.py"), folder / "commands.py", *(folder / "command_line").glob("*.py")]:
         known |= set(re.findall(r"add_argument\(\s*\"--([\w-]+)", source.read_text()))
     known |= set(commands.Evaluation.__dataclass_fields__)
     # A preset's name stands for all of them.

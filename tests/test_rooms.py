@@ -40,11 +40,12 @@ KNOWS = {
     },
 }
 KNOWS["training"] = KNOWS["callbacks"] | {"callbacks"}
-KNOWS["commands"] = KNOWS["training"]
-KNOWS["cli"] = KNOWS["commands"] | {"training", "commands"}
+KNOWS["command_line"] = KNOWS["training"] | {"training"}
+KNOWS["commands"] = KNOWS["training"] | {"command_line"}
+KNOWS["cli"] = {"command_line", "commands", "training"}
 
 MAY_IMPORT_LIGHTNING = {"data/module.py", "reporting/loggers.py", "reporting/recorder.py", "reporting/wandb_rows.py"}
-LIGHTNING_ROOMS = {"callbacks", "training", "cli"}
+LIGHTNING_ROOMS = {"callbacks", "training", "command_line"}
 
 
 def imports(path):

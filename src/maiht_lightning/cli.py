@@ -1,348 +1,123 @@
-"""`maiht`: LightningCLI with pruning.
-
-Commands: `fit` (train, then prune), `prune` (no training), `validate` and `test`, which have a Trainer; `evaluate`,
-`report`, `export` and `estimate`, which have none (see `commands`).
-"""
+"""`maiht`: which command is meant, and what becomes of errors. Heavy libraries are loaded by the commands alone."""
 
 import os
-
-# Before torch is loaded, and inherited by processes that are started: OpenMP's threads wait at barriers by spinning,
-# beside other work for whole time slices, so that a small layer takes many times as long. Whoever sets this decides.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
+import signal
 import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar
 
-import yaml
-from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from typing_extensions import override
-
-from .callbacks.compatibility import check_trainer, find_callback
-from .callbacks.pruning import MAIHTPruning
-from .callbacks.resume_point import remove_point
-from .commands import COMMANDS
-
-# Imported so that their classes can be given by name alone, as in `--data WikiText2DataModule`.
-from .data import c4, python_docs, wikitext2  # noqa: F401
+from .command_line.catalog import COMMANDS, command_help, group_help, unknown_command
+from .command_line.quiet import noise_silenced, prepare_process
 from .interrupts import interrupts
-from .models.durable import write_text
-from .reporting.loggers import log_settings
-from .reporting.summary import Summary, fresh_run_folder
-from .reporting.wandb_rows import WandbRows
-from .training.module import CausalLMModule
-from .training.parser import Parser, check_accelerator
-from .training.run_state import RunState, last_point, move_aside, new_wandb_id, resume_command
-from .training.sparse_finetune import SparseFinetune, saved_phase, saved_pruning, sparse_finetune
-from .training.trainer import PruningTrainer
 
-# Set by the first process for those that it starts.
-RUN_FOLDER, RESUMES = "MAIHT_RUN_FOLDER", "MAIHT_RESUMES"
-
-USER_ERRORS = (MisconfigurationException, ValueError, TypeError, OSError, ModuleNotFoundError)
+# What the user can mend, beside Lightning's MisconfigurationException.
+USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError)
+# They have a Trainer.
+RUNS = ("fit", "prune", "validate", "test")
 
 
-class RunConfig(SaveConfigCallback):
-    """Writes the whole configuration to `config.yaml` in the run's folder, over an older one, and to the loggers."""
+def main(args: Sequence[str] | None = None) -> None:
+    """Run `maiht`. What the user can mend ends with one screen at most and exit status 2, not with a traceback.
 
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the configuration once, on the first process."""
-        if self.already_saved or not trainer.is_global_zero:
-            return
-        self.already_saved = True
-        path = Path(trainer.default_root_dir) / "config.yaml"
-        text = self.parser.dump(portable(self.config), skip_unset=False, skip_validation=True)
-        write_text(path, text)
-        log_settings(trainer.loggers, yaml.safe_load(text))
-
-
-def portable(config: Namespace) -> Namespace:
-    """A configuration without what is a single run's own: used again, it starts another and does not write over it."""
-    config = config.clone()
-    for key in ("output_dir", "trainer.default_root_dir", "config"):
-        if key in config:
-            config[key] = None
-    config.fresh = False
-    for settings in logger_settings(config):
-        settings.save_dir = "."
-    for settings in _wandb_settings(config):
-        settings.id = None
-    return config
-
-
-def logger_settings(config: Namespace) -> list[Namespace]:
-    """The settings of those configured loggers that write to a `save_dir`."""
-    loggers = config.trainer.logger
-    settings = [getattr(logger, "init_args", None) for logger in (loggers if isinstance(loggers, list) else [loggers])]
-    return [s for s in settings if s is not None and "save_dir" in s]
-
-
-def _wandb_settings(config: Namespace) -> list[Namespace]:
-    """The settings of the configured W&B loggers."""
-    return [settings for settings in logger_settings(config) if "project" in settings and "id" in settings]
-
-
-class MAIHTCLI(LightningCLI):
-    """LightningCLI with sections `pruning` and `sparse_finetune` and a folder for the run.
-
-    Attributes:
-        folder: The folder of the run that is at work in this process.
+    Args:
+        args: The command and its settings. None: those of this process, whose output and threads are then set up, too.
     """
-
-    folder: ClassVar[Path | None] = None
-
-    def __init__(self, args: list[str] | None = None) -> None:
-        # Whether an earlier process has begun the run, and what is known to have failed in it.
-        self.resumes, self.failures = False, list[dict[str, str]]()
-        self.rows: list[WandbRows] = []
-        MAIHTCLI.folder = None
-        super().__init__(
-            CausalLMModule,
-            LightningDataModule,
-            subclass_mode_data=True,
-            trainer_class=PruningTrainer,
-            parser_class=Parser,
-            save_config_callback=RunConfig,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={
-                "prog": "maiht",
-                "description": "Fine-tune a causal language model and prune it in one shot. Beside the subcommands "
-                "below: `maiht evaluate --help` measures any model, `maiht report --help` compares runs, `maiht export "
-                "--help` writes compact files, `maiht estimate --help` predicts memory and time.",
-            },
-            args=args,
-        )
-
-    @override
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The commands, with the arguments that the CLI itself gives to each."""
-        evaluation = {"model", "dataloaders", "datamodule"}
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "prune": {"model", "datamodule"},
-            "validate": evaluation,
-            "test": evaluation,
-        }
-
-    @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's folder and the pruning section."""
-        parser.add_argument(
-            "--output_dir",
-            type=str | None,
-            default=None,
-            help="Folder of the run (default: a fresh one in runs/).",
-        )
-        parser.add_argument(
-            "--fresh",
-            action="store_true",
-            help="Start over where output_dir holds a run; its folder is renamed, as to NAME.1.",
-        )
-        parser.add_lightning_class_args(MAIHTPruning, "pruning")
-        parser.link_arguments("output_dir", "pruning.output_dir")
-        parser.add_class_arguments(SparseFinetune, "sparse_finetune")
-
-    @override
-    def before_instantiate_classes(self) -> None:
-        """Put the run and its loggers into the run's folder, and see what is done of it."""
-        config = self.config[self.subcommand]
-        saved = saved_pruning(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path else None
-        check_accelerator(config.trainer.accelerator)
-        # A fit that continues after its pruning does so in the folder in which that left its report.
-        going_on = saved["output_dir"] if saved and saved["done"] else None
-        folder = config.output_dir or going_on or _folder_of_all_processes()
-        if config.sparse_finetune.distillation:
-            config.pruning.save_dense = True
-        if self.subcommand in ("fit", "prune"):
-            self._find_state(config, Path(folder))
-        config.output_dir = config.trainer.default_root_dir = config.pruning.output_dir = folder
-        for settings in logger_settings(config):
-            if settings.save_dir in (None, "."):
-                # Absolute, since W&B's own process may have been started in another folder.
-                settings.save_dir = str(Path(folder).absolute())
-
-    def _find_state(self, config: Namespace, folder: Path) -> None:
-        """Compare the run with the one in its folder, and go on with that.
-
-        Raises:
-            MisconfigurationException: The folder's run is another one.
-        """
-        if config.fresh and _is_first_process() and folder.exists():
-            print(f"maiht: the run in {folder} is now in {move_aside(folder)}", file=sys.stderr)
-        text = self._parser(self.subcommand).dump(portable(config), skip_unset=False, skip_validation=True)
-        asked = RunState(str(self.subcommand), yaml.safe_load(text))
-        # Whoever names a checkpoint to fit from knows better than the folder.
-        found = None if self.subcommand == "fit" and config.ckpt_path else RunState.read(folder)
-        if found is None:
-            found = asked
-        elif differences := found.differences(asked):
-            raise MisconfigurationException(
-                f"the run in {folder} has other settings: {'; '.join(differences)}. Give it those that it has, or "
-                f"another --output_dir, or --fresh to start over"
-            )
-        else:
-            self.resumes = not found.finished
-        if _is_first_process():
-            os.environ[RESUMES] = str(int(self.resumes))
-        else:
-            # What the first process has written since is nothing to resume.
-            self.resumes = os.environ.get(RESUMES, "0") == "1"
-        for index, settings in enumerate(_wandb_settings(config)):
-            if index == len(found.wandb_ids):
-                found.wandb_ids.append(settings.id or settings.version or new_wandb_id())
-            settings.id = found.wandb_ids[index]
-        self.state = found
-
-    def fit(self, model: LightningModule, ckpt_path: str | None = None, **data: Any) -> None:
-        """Train and prune, and train on if asked to; a run that was begun resumes where it was."""
-        settings: SparseFinetune = self.config_init[self.subcommand].sparse_finetune
-        pruning = find_callback(self.trainer, MAIHTPruning)
-        assert pruning is not None  # a section of the configuration
-        pruning.expects_finetune, pruning.keeps_point = settings.wanted, True
-        going_on = ckpt_path is not None and saved_phase(ckpt_path) is not None
-        point = last_point(Path(self.trainer.default_root_dir)) if self.resumes else None
-        if point is not None:
-            print(f"maiht: the run resumes after step {point.step}, from {point.path}", file=sys.stderr)
-            going_on = point.is_sparse
-            ckpt_path = str(point.path) if going_on else None
-            pruning.resume_from = None if going_on else point.path
-        if going_on and not settings.wanted:
-            raise MisconfigurationException(
-                f"{ckpt_path} was written by a sparse fine-tune: to go on, give its max_epochs or max_steps"
-            )
-        weights_only = data.pop("weights_only", None)
-        if not going_on:
-            if settings.wanted:
-                # Known now, and not only when the first phase is over.
-                check_trainer(self.trainer, pruning, trains_on=True)
-            self.trainer.fit(model, ckpt_path=ckpt_path, weights_only=weights_only, **data)
-            ckpt_path = None
-        if settings.wanted:
-            sparse_finetune(self.trainer, model, settings, ckpt_path=ckpt_path, **data)
-        self._finish(pruning)
-
-    def prune(self, model: LightningModule, **data: Any) -> None:
-        """Prune without training; a run that was begun resumes where it was."""
-        pruning = find_callback(self.trainer, MAIHTPruning)
-        assert pruning is not None  # a section of the configuration
-        pruning.resumes = self.resumes
-        self.trainer.prune(model, **data)  # type: ignore[attr-defined]
-        self._finish(pruning)
-
-    def _finish(self, pruning: MAIHTPruning) -> None:
-        """Note that the run is done, and what of it failed."""
-        folder = Path(self.trainer.default_root_dir)
-        for rows in self.rows:
-            if rows.problem is not None:
-                pruning.run.recorder.failed("W&B rows", rows.problem)
-        if self.trainer.is_global_zero:
-            self.state.finished = True
-            self.state.write(folder)
-        remove_point(self.trainer, folder)
-        self.failures = pruning.summary.failures
-
-    @override
-    def after_instantiate_classes(self) -> None:
-        """Make the run's folder, now that the settings are known to be right."""
-        folder = Path(self.trainer.default_root_dir)
-        # Where it is missing, W&B may write to the system's temporary folder instead.
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MisconfigurationException(
-                f"output_dir {folder} cannot be made ({error}): give one that can"
-            ) from error
-        if self.subcommand not in ("fit", "prune"):
-            return
-        if self.state.finished:
-            failures = Summary.read(folder).failures
-            print(f"maiht: the run in {folder} is finished; --fresh starts it over", file=sys.stderr)
-            raise SystemExit(_report_failures(failures))
-        MAIHTCLI.folder = folder
-        if _is_first_process():
-            self.state.write(folder)
-        for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                self.rows.append(WandbRows(logger, folder / f"wandb-{logger.version}.jsonl"))
-
-
-def main(args: list[str] | None = None) -> None:
-    """Run `maiht`. What the user can mend ends with one line and exit status 2, not with a traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # The windows lie in memory: workers would only cost time.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Between Lightning and torch, and for neither of them the user's to mend.
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # By this variable a process that uses W&B, such as a sweep's agent, hands its service to those that it starts. The
-    # service outlives a run that is killed, and would say that it is in use when it is resumed.
-    os.environ.pop("WANDB_SERVICE", None)
-    given = sys.argv[1:] if args is None else args
+    given = sys.argv[1:] if args is None else list(args)
+    if args is None:
+        prepare_process()
     try:
-        with interrupts.listening():
-            if given and given[0] in COMMANDS:
-                COMMANDS[given[0]](given[1:])
-            else:
-                failures = MAIHTCLI(args).failures
-                if failures:
-                    raise SystemExit(_report_failures(failures))
+        with interrupts.listening(), noise_silenced():
+            _run(given, None if args is None else given)
     except (SystemExit, KeyboardInterrupt) as stop:
         if interrupts.signum is None:
             raise
         _tell_resumption(given)
         raise SystemExit(128 + interrupts.signum) from stop
-    except USER_ERRORS as error:
-        if os.environ.get("MAIHT_TRACEBACK") or _is_internal(error):
+    except BrokenPipeError:
+        if _runs_folder() is not None:
+            raise
+        # Who reads has enough, as in `maiht fit --help_all | head`. Python would complain when it closes the output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except Exception as error:
+        if not _is_the_users(error) or os.environ.get("MAIHT_TRACEBACK"):
             raise
         print(f"maiht: error: {error}\n(MAIHT_TRACEBACK=1 shows where.)", file=sys.stderr)
         raise SystemExit(2) from error
 
 
+def _run(given: list[str], args: list[str] | None) -> None:
+    """Show help, or run the command.
+
+    Args:
+        given: The command and its settings.
+        args: The same for Lightning, which warns of arguments that are not the process's own; None for those.
+    """
+    command = given[0] if given else None
+    if command is None:
+        print(group_help(), file=sys.stderr)
+        raise SystemExit(2)
+    if command in ("-h", "--help", "--help_all"):
+        print(group_help())
+    elif command == "--version":
+        from . import __version__
+
+        print(f"maiht {__version__}")
+    elif command in COMMANDS and not {"-h", "--help"}.isdisjoint(given):
+        print(command_help(command))
+        raise SystemExit(0)
+    # Lightning also takes `--config FILE` before the command.
+    elif command in RUNS or command.startswith("-"):
+        from .command_line.runs import MAIHTCLI, report_failures
+
+        if failures := MAIHTCLI(args).failures:
+            raise SystemExit(report_failures(failures))
+    elif command == "doctor":
+        from .command_line.doctor import doctor
+
+        raise SystemExit(doctor(given[1:]))
+    elif command in COMMANDS:
+        from .commands import COMMANDS as functions
+
+        functions[command](given[1:])
+    else:
+        print(f"maiht: error: {unknown_command(command)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _runs_folder() -> str | None:
+    """The folder of the run at work in this process, if there is one."""
+    runs = sys.modules.get("maiht_lightning.command_line.runs")
+    # Where it was not loaded no run has begun.
+    return None if runs is None or runs.MAIHTCLI.folder is None else str(runs.MAIHTCLI.folder)
+
+
 def _tell_resumption(args: Sequence[str]) -> None:
     """Print the command that resumes the run at work, if there is one."""
-    if MAIHTCLI.folder is not None and _is_first_process():
-        command = resume_command(args, str(MAIHTCLI.folder))
-        print(f"maiht: stopped; nothing that was finished is lost. To resume:\n{command}", file=sys.stderr)
+    if (folder := _runs_folder()) is not None:
+        from .command_line.runs import is_first_process
+        from .training.run_state import resume_command
+
+        if is_first_process():
+            command = resume_command(args, folder)
+            print(f"maiht: stopped; nothing that was finished is lost. To resume:\n{command}", file=sys.stderr)
 
 
-def _report_failures(failures: list[dict[str, str]]) -> int:
-    """Print what failed beside the pruning; returns the exit status."""
-    for failure in failures:
-        print(f"maiht: failed: {failure['phase']}: {failure['message']}", file=sys.stderr)
-    return 1 if failures else 0
+def _is_the_users(error: BaseException) -> bool:
+    """Whether an error is one that the user can mend, and its message says how.
 
-
-def _is_first_process() -> bool:
-    """Whether this is the process that has started all others of the run, as far as the environment tells."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
-
-
-def _folder_of_all_processes() -> str:
-    """A fresh folder, the same in the processes that Lightning starts from this one."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        os.environ[RUN_FOLDER] = str(fresh_run_folder())
-    if RUN_FOLDER not in os.environ:
-        raise MisconfigurationException("several processes that were started by themselves need the same --output_dir")
-    return os.environ[RUN_FOLDER]
-
-
-def _is_internal(error: BaseException) -> bool:
-    """Whether an error comes from deep inside a library, where its message alone would not help."""
-    if isinstance(error, MisconfigurationException | OSError):
+    It is not where it comes from deep inside a library, where its message alone would not help.
+    """
+    # Loaded already wherever it can have been raised.
+    lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    if isinstance(error, OSError) or (lightning and isinstance(error, lightning.MisconfigurationException)):
+        return True
+    if not isinstance(error, USER_ERRORS):
         return False
     traceback, raised_in = error.__traceback__, ""
     while traceback is not None:
         raised_in = traceback.tb_frame.f_globals.get("__name__", "")
         traceback = traceback.tb_next
-    return raised_in.split(".")[0] not in ("maiht_lightning", "jsonargparse")
+    return raised_in.split(".")[0] in ("maiht_lightning", "jsonargparse")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
+from .command_line.parser import CommandParser
+from .command_line.quiet import is_plain
 from .evaluation.evaluation import Evaluation
 from .models.compact import check_vacant, save_compact
 from .models.durable import write_text
@@ -31,7 +32,7 @@ DTYPE_HELP = "Format of the weights; auto is the checkpoint's own, and float32 f
 
 def evaluate(args: list[str]) -> None:
     """Measure a model's perplexity and zero-shot accuracy, print a table, and write it if asked to."""
-    parser = ArgumentParser(prog="maiht evaluate", description="Measure any causal language model, dense or pruned.")
+    parser = CommandParser(prog="maiht evaluate", description="Measure any causal language model, dense or pruned.")
     parser.add_argument("--config", action="config", help="File with these settings.")
     parser.add_argument("--model", type=str, required=True, help="Hugging Face hub name, model folder or .gguf file.")
     parser.add_class_arguments(Evaluation)
@@ -48,7 +49,7 @@ def evaluate(args: list[str]) -> None:
     # Before the model moves and anything is computed: what is missing shows here.
     measurement = evaluation.load(model, tokenizer)
     counted = _sparsity(model)
-    found = measurement.measure(model.to(settings.device), tokenizer)
+    found = measurement.measure(model.to(settings.device), tokenizer, progress=not is_plain())
     if settings.output is not None:
         content = {"model": settings.model, **found.to_json(), **counted}
         write_text(Path(settings.output), json.dumps(content, indent=2) + "\n")
@@ -58,7 +59,7 @@ def evaluate(args: list[str]) -> None:
 
 def report(args: list[str]) -> None:
     """Put finished runs side by side: tables in Markdown, CSV and HTML, and a figure."""
-    parser = ArgumentParser(prog="maiht report", description="Compare finished runs: a page, tables and a figure.")
+    parser = CommandParser(prog="maiht report", description="Compare finished runs: a page, tables and a figure.")
     parser.add_argument("runs", nargs="+", type=str, help="Folders of runs.")
     parser.add_argument(
         "--output_dir", type=str | None, default=None, help="Folder of the report (default: a fresh one in reports/)."
@@ -80,7 +81,7 @@ def report(args: list[str]) -> None:
 
 def export(args: list[str]) -> None:
     """Write a pruned model in compact files."""
-    parser = ArgumentParser(prog="maiht export", description="Write a pruned model in compact files.")
+    parser = CommandParser(prog="maiht export", description="Write a pruned model in compact files.")
     parser.add_argument("--model", type=str, required=True, help="Hugging Face hub name or model folder.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the compact model.")
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help=DTYPE_HELP)
@@ -106,7 +107,7 @@ def estimate(args: list[str]) -> None:
     from .estimate.shape import ModelShape
     from .estimate.table import phase_table
 
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="maiht estimate", description="Predict memory and time of a run from a model's config; loads no weights."
     )
     parser.add_argument(
@@ -120,6 +121,9 @@ def estimate(args: list[str]) -> None:
     settings = parser.parse_args(args)
     _check_output(settings.output)
     job = Job(**{name: parser.instantiate(settings)[name] for name in Job.__dataclass_fields__})
+    if settings.gpu != "local":
+        # A name is refused before a hub is asked for the model.
+        find_device(settings.gpu)
     shape = ModelShape.from_source(settings.model)
     device = find_device(settings.gpu, shape.hidden, max(shape.grams))
     found = predict(shape, job, device)

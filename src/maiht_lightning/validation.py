@@ -1,5 +1,7 @@
 """Checks of settings, with one form of message: "`name` must be A, but found B"."""
 
+import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,3 +64,33 @@ def check_fits(name: str, windows: "Tensor", model: Any) -> None:
             f"{name} must have at most as many tokens as the model has positions, {positions} by "
             f"max_position_embeddings in its config, but have {windows.shape[1]}: choose a smaller seqlen"
         )
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that another one was probably meant to be; None where none is near.
+
+    Of dotted names, such as `--pruning.sparsity`, the last part alone may have been given.
+
+    Args:
+        word: As it was written.
+        known: What could have been written.
+    """
+    by_lower = {name.lower(): name for name in known}
+    lower = word.lower()
+    # A whole setting with a slip is nearer than another one that only ends alike.
+    found = difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.8)
+    if not found:
+        leaf = lower.lstrip("-").rpartition(".")[2]
+        ends = {name.lstrip("-").rpartition(".")[2]: name for name in reversed(by_lower)}
+        found = [ends[end] for end in difflib.get_close_matches(leaf, ends, n=1, cutoff=0.8)]
+    if not found:
+        found = [name for name in by_lower if len(lower) > 2 and name.startswith(lower)][:1]
+    if not found:
+        found = difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: a question after the nearest known one, or nothing."""
+    found = nearest(word, known) if isinstance(word, str) else None
+    return "" if found is None else f": did you mean {found}?"

@@ -56,6 +56,7 @@ class PruningRun:
         offload: `cpu` keeps the model in host memory while it is at work; `disk` leaves its blocks in files.
         keep_journal: Whether the journal's weights stay when the pruned model is saved.
         forward_context: Opens the context in which the model runs, such as autocast.
+        progress: Show progress bars; otherwise a line for each block and for each measurement.
     """
 
     find_model: Callable[[], "PreTrainedModel"]
@@ -70,6 +71,7 @@ class PruningRun:
     offload: Literal["none", "cpu", "disk"] = "none"
     keep_journal: bool = False
     forward_context: Callable[[], AbstractContextManager[None]] = nullcontext
+    progress: bool = True
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -89,6 +91,18 @@ class PruningRun:
     ) -> PruningReport:
         """Prune the model, with a journal of that name in the run's folder; see `prune_model`."""
         assert self.windows is not None
+        count = len(find_blocks(self.model).modules)
+
+        def tell(records: list[LayerRecord]) -> None:
+            if not self.progress:
+                worst = max(records, key=lambda record: record.relative_error)
+                rank_zero_info(
+                    f"Pruned block {worst.block + 1} of {count}: relative error {worst.relative_error:.4f} at most, in "
+                    f"{worst.layer}"
+                )
+            if on_block is not None:
+                on_block(records)
+
         with self.forward_context():
             return prune_model(
                 self.model,
@@ -96,7 +110,8 @@ class PruningRun:
                 spec,
                 journal_dir=self.recorder.folder / journal,
                 batch_size=self.batch_size,
-                on_block=on_block,
+                on_block=tell,
+                progress=self.progress,
                 device=self.device,
                 hidden_states=self.hidden_states,
                 process_group=self.process_group,
@@ -140,11 +155,14 @@ class PruningRun:
         if stage in self.recorder.summary.stages:
             return
         found = StageResult()
+        if not self.progress:
+            rank_zero_info(f"Measuring the {stage} model")
         with self.recorder.timed("evaluate"), self.recorder.guarded(f"evaluate {stage}"), self.forward_context():
             found = self.evaluation.measure(
                 self.model,
                 self.tokenizer,
                 stage=stage,
+                progress=self.progress,
                 device=self.device,
                 process_group=self.process_group,
                 on_failure=lambda what, error: self.recorder.failed(f"evaluate {stage}, {what}", error),
@@ -222,6 +240,8 @@ def prepare_run(
         offload=pruning.offload,
         keep_journal=pruning.keep_journal,
         forward_context=trainer.precision_plugin.forward_context,
+        # Where the Trainer has no bar, as it was told or because nobody looks at a terminal, there is none at all.
+        progress=trainer.progress_bar_callback is not None,
     )
 
 

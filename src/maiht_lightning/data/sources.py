@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..validation import did_you_mean
 from .local import VARIABLE, local_copy
 
 NAMES = ("wikitext2", "c4", "python_docs")
@@ -61,7 +62,8 @@ def iterate_texts(name: str, split: str) -> Iterator[str]:
             raise FileNotFoundError(f"text {name!r} must be a file, but found none at {file.absolute()}")
         with _readable(file):
             return iter([file.read_text(encoding="utf-8")])
-    raise ValueError(f"text must be one of {', '.join(NAMES)}, or the path of a .txt file, but found {name!r}")
+    asked = did_you_mean(name, NAMES)
+    raise ValueError(f"text must be one of {', '.join(NAMES)}, or the path of a .txt file, but found {name!r}{asked}")
 
 
 def _wikitext2(split: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..solvers.precision import float32_products
+from ..validation import did_you_mean
 
 GIB = 2.0**30
 TERA = 1e12
@@ -96,7 +97,8 @@ def find_device(name: str, width: int = 1024, inner: int = 4096) -> Device:
     if name == "local":
         return measure(width, inner)
     if name not in SHEETS:
-        raise ValueError(f"gpu must be one of {', '.join(SHEETS)} or local, but found {name!r}")
+        asked = did_you_mean(name, SHEETS)
+        raise ValueError(f"gpu must be one of {', '.join(SHEETS)} or local, but found {name!r}{asked}")
     return SHEETS[name]
 
 

@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..validation import did_you_mean
+
 Precision = Literal["float32", "float64", "tf32"]
 Candidates = Literal["gradient", "preconditioned"]
 Allocation = Literal["uniform", "depth", "owl", "error"]
@@ -175,7 +177,10 @@ def resolve_config(config: MAIHTConfig | str | None, method: str = "maiht") -> M
         return PRESETS["balanced" if method == "maiht" else "paper"]
     if isinstance(config, str):
         if config not in PRESETS:
-            raise ValueError(f"config must be a preset ({', '.join(PRESETS)}) or a MAIHTConfig, but found {config!r}")
+            asked = did_you_mean(config, PRESETS)
+            raise ValueError(
+                f"config must be a preset ({', '.join(PRESETS)}) or a MAIHTConfig, but found {config!r}{asked}"
+            )
         return PRESETS[config]
     if not isinstance(config, MAIHTConfig):
         raise TypeError(f"config must be a MAIHTConfig or a preset's name, but found {type(config).__name__}")

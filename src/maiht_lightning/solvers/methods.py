@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..validation import did_you_mean
 from . import admm, magnitude, maiht, sparsegpt, splitting, wanda
 from .config import MAIHTConfig
 from .patterns import Pattern
@@ -52,5 +53,6 @@ METHODS: dict[str, Method] = {
 def check_method(method: str) -> str:
     """Return `method`, or raise `ValueError` listing the known ones."""
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, but found {method!r}")
+        asked = did_you_mean(method, METHODS)
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, but found {method!r}{asked}")
     return method

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..validation import did_you_mean
+
 DEFAULT_SPARSITY = 0.5
 MAX_GROUP = 64  # M of N:M; ranks within a group are counted in M² / 2 comparisons, as int8
 
@@ -105,7 +107,8 @@ def parse_pattern(pattern: str, sparsity: float) -> Pattern:
         return Pattern(pattern, sparsity)
     match = re.fullmatch(r"([0-9]+):([0-9]+)", pattern) if isinstance(pattern, str) else None
     if match is None:
-        raise ValueError(f"pattern must be 'unstructured', 'row' or 'N:M' such as '2:4', but found {pattern!r}")
+        asked = did_you_mean(pattern, ("unstructured", "row"))
+        raise ValueError(f"pattern must be 'unstructured', 'row' or 'N:M' such as '2:4', but found {pattern!r}{asked}")
     keep, group = int(match[1]), int(match[2])
     if not 1 <= keep <= group:
         raise ValueError(

@@ -1,0 +1,1 @@
+"""The command line: its commands and their help, what errors say, what is shown, and `fit`, `prune` and `doctor`."""
