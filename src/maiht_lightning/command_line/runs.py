@@ -263,9 +263,7 @@ class MAIHTCLI(LightningCLI):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MisconfigurationException(
-                f"output_dir {folder} cannot be made ({error}): give one that can"
-            ) from error
+            raise MisconfigurationException(f"output_dir {folder} cannot be made ({error}): give another") from error
         if self.subcommand not in ("fit", "prune"):
             return
         if self.state.finished:
