@@ -85,7 +85,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         found = [ends[end] for end in difflib.get_close_matches(leaf, ends, n=1, cutoff=0.8)]
     if not found:
         found = [name for name in by_lower if len(lower) > 2 and name.startswith(lower)][:1]
-    if not found:
+    if not found and "." not in lower:  # of dotted names the section alone would be alike
         found = difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.6)
     return by_lower[found[0]] if found else None
 

@@ -176,11 +176,11 @@ def test_layers_differ_and_the_total_does_not(make, allocation, pattern):
     by_layer = [record.sparsity for record in report.layers]
     # A row of 32 has zeros in steps of 1 / 32, a layer of 1024 in steps of 1 / 1024.
     step = 1 / 1024 if pattern == "unstructured" else 1 / 32
-    assert 0.51 - step <= min(by_layer) < 0.58 < 0.62 < max(by_layer) <= 0.69 + step
+    assert 0.525 - step <= min(by_layer) < 0.58 < 0.62 < max(by_layer) <= 0.675 + step
     by_block = [sum(by_layer[7 * i : 7 * i + 7]) for i in range(4)]
     if allocation == "depth":
         assert by_block == sorted(by_block)
-        assert by_block[0] / 7 == pytest.approx(0.51, abs=0.01 + step)
+        assert by_block[0] / 7 == pytest.approx(0.525, abs=0.01 + step)
     if allocation == "owl":
         outliers = [
             outlier_shares(find_blocks(dense).modules[index], norms_of(dense, index)[0])[0]

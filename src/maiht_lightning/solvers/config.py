@@ -75,7 +75,7 @@ class MAIHTConfig:
     reconstruction_epochs: int = 0
     reconstruction_rate: float = 0.01
     allocation: Allocation = "uniform"
-    allocation_spread: float = 0.15
+    allocation_spread: float = 0.125
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < float("inf"):
