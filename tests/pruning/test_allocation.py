@@ -174,8 +174,8 @@ def test_layers_differ_and_the_total_does_not(make, allocation, pattern):
     assert wanted <= total <= wanted + (0 if pattern == "unstructured" else 48)
     assert sum(count.zeros for count in count_zeros(model)) == total
     by_layer = [record.sparsity for record in report.layers]
-    # A row of 32 has zeros in steps of 1 / 32, a layer of 1024 in steps of 1 / 1024.
-    step = 1 / 1024 if pattern == "unstructured" else 1 / 32
+    # A row of 32 has zeros in steps of 1 / 32, a layer of 512 in steps of 1 / 512.
+    step = 1 / 512 if pattern == "unstructured" else 1 / 32
     assert 0.525 - step <= min(by_layer) < 0.58 < 0.62 < max(by_layer) <= 0.675 + step
     by_block = [sum(by_layer[7 * i : 7 * i + 7]) for i in range(4)]
     if allocation == "depth":
