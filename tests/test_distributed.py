@@ -356,9 +356,16 @@ def test_the_largest_pieces_go_first_to_whoever_is_free():
 
 
 def test_too_few_windows_are_refused(tiny_llama, monkeypatch):
-    monkeypatch.setattr(
-        "maiht_lightning.pruning.pruner.Ranks", lambda group: type("T", (Ranks,), {"size": 4, "rank": 0})()
-    )
+    class Four(Ranks):
+        size, rank = 4, 0
+
+        def broadcast_object(self, value, owner=0):
+            return value
+
+        def all_gather_object(self, value):
+            return [value]
+
+    monkeypatch.setattr("maiht_lightning.pruning.pruner.Ranks", Four)
     monkeypatch.setattr(Ranks, "__init__", lambda self, group=None: None)
     with pytest.raises(ValueError, match="3 windows in batches of 1 are too few for 4 processes"):
         prune(tiny_llama(vocab_size=64), torch.zeros(3, 8, dtype=torch.long), progress=False)

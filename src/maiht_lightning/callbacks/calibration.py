@@ -1,6 +1,6 @@
 """Where a pruning's calibration windows come from: a text, tokens of the user's own, or the batches of the fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ Calibration = CalibrationSource | Literal["train"] | TokenBatches
 
 def check_calibration(calibration: Calibration) -> None:
     """Raise `TypeError` unless calibration windows can come from there."""
-    if calibration == "train" if isinstance(calibration, str) else _is_source(calibration):
+    if _is_source(calibration) or (isinstance(calibration, str) and calibration == "train"):
         return
-    if isinstance(calibration, str) or not isinstance(calibration, Tensor | TokenBatches):
+    is_named = isinstance(calibration, str) or (isinstance(calibration, Mapping) and "input_ids" not in calibration)
+    if is_named or not isinstance(calibration, Tensor | TokenBatches):
         raise TypeError(
             "calibration must be a LongTensor of token ids (samples, seqlen), a DataLoader or other batches with "
             f"input_ids, 'train', or have a method windows(tokenizer, seqlen), but found {calibration!r}"
@@ -132,7 +133,8 @@ class TrainingWindows:
             windows = Windows.parse(given)
             check(windows)
             self._found.append(windows)
-            self.is_listening = not self.is_full
+            if self.is_full:
+                self.close()
 
         # The backbone is given tokens also where somebody has a head of their own.
         backbone = getattr(model, "base_model", model)

@@ -280,13 +280,14 @@ class MAIHTPruning(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """How far the pruning is, for fits that resume from a checkpoint."""
+        windows = [] if self.pruned else self._training_windows.state_dict()
         return {
             "done": self.done,
             "pruned_step": self._pruned_step,
             "earlier": self.previous_fit,
             "trained": self.trained,
             "output_dir": None if self.output_dir is None else str(self.output_dir),
-            "windows": [] if self.pruned else self._training_windows.state_dict(),
+            **({"windows": windows} if windows else {}),
         }
 
     @override
