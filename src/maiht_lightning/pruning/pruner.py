@@ -112,7 +112,8 @@ def prune(
         Wen, Zuo, Pan, ICML 2025 (PMLR 267:66575-66596), Algorithm 1; the block-by-block way after Frantar &
         Alistarh, *SparseGPT*, ICML 2023.
     """
-    spec, ranks = PruningSpec.parse(sparsity, pattern, method, config), Ranks(process_group)
+    spec = PruningSpec.parse(sparsity, pattern, method, config)
+    ranks = Ranks(process_group)
     with ranks.errors_shared():
         found = Windows.parse(windows, tokens=CALIBRATION_TOKENS)
     return prune_model(
