@@ -143,6 +143,16 @@ def test_each_option_of_evaluate_is_seen_in_what_the_model_is_given(folder, text
     assert printed["dtype"] == "auto"
 
 
+def test_evaluate_calls_functions_by_their_paths(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_metrics.py").write_text("def size(model):\n    return {'parameters': model.num_parameters()}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--perplexity", "[]", "--metrics", "[my_metrics.size]", "--output", str(tmp_path / "found.json")]
+    main(["evaluate", "--model", str(folder), *options])
+    expected = load_model(str(folder)).num_parameters()
+    assert json.loads((tmp_path / "found.json").read_text())["metrics"] == {"parameters": expected}
+    assert "parameters" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", [None, "auto", "float32", "bfloat16", "float16"])
 def test_evaluate_measures_in_the_checkpoints_format_or_the_one_asked_for(folder, text, monkeypatch, tmp_path, dtype):
     used = torch.bfloat16 if dtype in (None, "auto") else getattr(torch, dtype)

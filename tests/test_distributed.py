@@ -136,6 +136,42 @@ def test_processes_that_reconstruct_end_with_the_same_weights(tmp_path):
             assert torch.equal(weight == 0, alone["weights"][name] == 0), name
 
 
+OWN = """
+    from maiht_lightning.evaluation.evaluation import Evaluation
+    generator = torch.Generator().manual_seed(rank)
+    rows = [torch.randint(0, 64, (5 + n % 3,), generator=generator) for n in range(9)]
+    report = prune(model, rows, config="paper", process_group=group, progress=False)
+
+    def fails_in_one(model):
+        if rank == 1:
+            raise KeyError("its own fault")
+        return {"never": 1.0}
+
+    failed = []
+    evaluation = Evaluation(perplexity={"mine": windows}, metrics=[lambda model: {"rank": rank}, fails_in_one])
+    stage = evaluation.load(model).measure(
+        model, process_group=group, progress=False, on_failure=lambda what, error: failed.append((what, str(error)))
+    )
+    torch.save({"weights": model.state_dict(), "stage": stage.to_json(), "failed": failed}, f"of_{world}_{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_windows_and_metrics_are_the_first_processes(tmp_path):
+    """Each process has a loader of its own, which gives others; what fails in one process fails in both."""
+    for processes in (1, 2):
+        finished(OWN, processes, tmp_path)
+    alone, first, second = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    for name, weight in alone["weights"].items():
+        assert torch.equal(first["weights"][name], weight), name
+        assert torch.equal(second["weights"][name], weight), name
+    assert first["stage"] == second["stage"]
+    assert first["stage"]["metrics"] == {"rank": 0.0}
+    assert first["stage"]["perplexity"]["mine"] == pytest.approx(alone["stage"]["perplexity"]["mine"], rel=1e-6)
+    assert alone["stage"]["metrics"] == {"rank": 0.0, "never": 1.0}
+    assert all("its own fault" in each["failed"][0][1] for each in (first, second))
+
+
 @pytest.mark.slow
 def test_three_processes_resume_the_journal_of_two(tmp_path):
     finished(PRUNE, 2, tmp_path, "maiht,unstructured,1", "journal")
@@ -400,9 +436,16 @@ def test_the_largest_pieces_go_first_to_whoever_is_free():
 
 
 def test_too_few_windows_are_refused(tiny_llama, monkeypatch):
-    monkeypatch.setattr(
-        "maiht_lightning.pruning.pruner.Ranks", lambda group: type("T", (Ranks,), {"size": 4, "rank": 0})()
-    )
+    class Four(Ranks):
+        size, rank = 4, 0
+
+        def broadcast_object(self, value, owner=0):
+            return value
+
+        def all_gather_object(self, value):
+            return [value]
+
+    monkeypatch.setattr("maiht_lightning.pruning.pruner.Ranks", Four)
     monkeypatch.setattr(Ranks, "__init__", lambda self, group=None: None)
     with pytest.raises(ValueError, match="3 windows in batches of 1 are too few for 4 processes"):
         prune(tiny_llama(vocab_size=64), torch.zeros(3, 8, dtype=torch.long), progress=False)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import maiht_lightning
 from helpers.byte_model import byte_tokenizer, save_folder
-from helpers.own_module import OwnModule
+from helpers.own_module import OwnModule, trainer
 from helpers.sharp_model import perplexity_by_definition
 from helpers.small_texts import SCRIPTS, load_script, run_script, write_texts
 from maiht_lightning import cli, commands
@@ -392,6 +392,25 @@ def test_the_readmes_callback_prunes_and_recovers(namespace):
     assert namespace["my_module"].learning_rate == 1e-4
     assert half_zero(run / "model_finetuned")
     assert list(json.loads((run / "summary.json").read_text())["stages"]) == ["dense", "pruned", "finetuned"]
+
+
+@pytest.mark.slow
+def test_the_readmes_own_data_are_used(namespace):
+    batches = [
+        {"input_ids": torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(n))} for n in (1, 2)
+    ]
+    names = {
+        "my_metric": lambda model: {"parameters": model.num_parameters()},
+        "Evaluation": maiht_lightning.Evaluation,
+    }
+    block = snippet("my_metric").replace("\nMAIHTPruning(", "\npruning = MAIHTPruning(output_dir='own', ")
+    namespace |= {**names, "train_loader": batches, "val_loader": iter(batches)}
+    execute(block, namespace)
+    trainer(namespace["pruning"]).fit(namespace["my_module"], namespace["my_data"])
+    assert half_zero(Path("own/model"))
+    stages = json.loads(Path("own/summary.json").read_text())["stages"]
+    assert [list(stages["pruned"][kind]) for kind in ("perplexity", "metrics")] == [["mine"], ["parameters"]]
+    assert namespace["pruning"].run.windows.samples == 4
 
 
 @pytest.mark.slow

@@ -259,3 +259,21 @@ def test_tasks_their_limit_and_solved_examples(run, tmp_path, monkeypatch):
     }
     assert {prompt.count("Of train:") for prompt in prompts} == {2}
     assert list(json.loads((out / "summary.json").read_text())["stages"]["pruned"]["tasks"]) == ["boolq"]
+
+
+def test_a_fit_calibrates_on_what_it_trains_on_and_calls_functions_by_their_paths(run, tmp_path, monkeypatch):
+    (tmp_path / "own_metrics.py").write_text("def size(model):\n    return {'parameters': model.num_parameters()}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = {"class_path": "PythonDocsDataModule", "init_args": {"seqlen": 32, "batch_size": 2}}
+    settings = {
+        "calibration": "train",
+        "method": "wanda",
+        "evaluation": {"perplexity": [], "metrics": ["own_metrics.size"]},
+    }
+    folder = run(settings, "--trainer.max_steps", "3", command="fit", data=data)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["stages"]["pruned"]["metrics"] == {"parameters": load(folder / "model").num_parameters()}
+    assert "<td>6, 32</td>" in (folder / "report.html").read_text()
+    written = yaml.safe_load((folder / "config.yaml").read_text())["pruning"]
+    assert written["calibration"] == "train"
+    assert written["evaluation"]["metrics"] == ["own_metrics.size"]

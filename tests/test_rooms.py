@@ -20,7 +20,7 @@ KNOWS = {
     "models": set(),
     "data": set(),
     "capture": {"models", "solvers"},
-    "pruning": {"capture", "distributed", "models", "solvers"},
+    "pruning": {"capture", "data", "distributed", "models", "solvers"},
     "recovery": {"models"},
     "evaluation": {"capture", "data", "distributed", "models"},
     "reporting": {"models"},

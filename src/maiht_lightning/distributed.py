@@ -95,7 +95,7 @@ class Ranks:
         failure: Exception | None = None
         try:
             yield
-        except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
+        except Exception as error:
             failure = error
         # All processes meet here, so that one that has failed is heard by those that have not.
         messages = self.all_gather_object(None if failure is None else str(failure)) if self.size > 1 else []

@@ -84,10 +84,12 @@ class StageResult:
     Args:
         perplexity: Perplexity by text.
         tasks: Metrics by zero-shot task, such as `{"boolq": {"acc": 0.6, "acc_stderr": 0.02}}`.
+        metrics: What functions of the user's own have measured, by the names that they give.
     """
 
     perplexity: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean_accuracy(self) -> float | None:
@@ -105,18 +107,20 @@ class StageResult:
         return metrics.get(metric), metrics.get(f"{metric}_stderr")
 
     def to_json(self) -> dict[str, Any]:
-        """The form in `summary.json`: tasks and their mean are absent where there are none."""
+        """The form in `summary.json`: tasks, their mean and metrics are absent where there are none."""
         found: dict[str, Any] = {"perplexity": self.perplexity}
         if self.tasks:
             found["tasks"] = self.tasks
         if self.mean_accuracy is not None:
             found["mean_accuracy"] = self.mean_accuracy
+        if self.metrics:
+            found["metrics"] = self.metrics
         return found
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "StageResult":
         """Read what `to_json` or an older version has written. Other keys are left out; absent parts are empty."""
-        return cls(**{name: dict(found[name]) for name in ("perplexity", "tasks") if name in found})
+        return cls(**{name: dict(found[name]) for name in ("perplexity", "tasks", "metrics") if name in found})
 
 
 class Stages(dict[str, StageResult]):
@@ -136,6 +140,11 @@ class Stages(dict[str, StageResult]):
     def tasks(self) -> list[str]:
         """The zero-shot tasks that some stage has done."""
         return list(dict.fromkeys(task for stage in self.values() for task in stage.tasks))
+
+    @property
+    def own_metrics(self) -> list[str]:
+        """What some stage was measured by with functions of the user's own."""
+        return list(dict.fromkeys(name for stage in self.values() for name in stage.metrics))
 
     @property
     def metrics(self) -> list[tuple[str, str]]:

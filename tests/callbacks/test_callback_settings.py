@@ -401,7 +401,7 @@ def test_the_tokenizer_is_the_modules_or_else_the_one_beside_the_weights(tiny_ll
 def test_without_any_tokenizer_a_fit_stops_before_training(module, tmp_path, beside, message):
     module.tokenizer, module.net["lm"].config._name_or_path = None, beside
     with pytest.raises(MisconfigurationException, match=f"no tokenizer for the calibration text: {message}"):
-        fit(tmp_path, module)
+        fit(tmp_path, module, calibration=PythonDocsCalibration(samples=3, seqlen=30))
     assert module.steps == 0
 
 

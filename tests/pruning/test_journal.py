@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from maiht_lightning.data.batches import Windows
 from maiht_lightning.models.blocks import find_blocks, find_linears
 from maiht_lightning.pruning.journal import Journal, drop_weights, fingerprint, read_records
 from maiht_lightning.pruning.pruner import prune
@@ -442,20 +443,20 @@ def test_saved_blocks_come_back(tmp_path):
 def test_fingerprint_sees_every_parameter_and_token(make):
     model = make()
     blocks = find_blocks(model)
-    before = fingerprint(model, WINDOWS)
-    assert fingerprint(make(), WINDOWS.clone()) == before
+    before = fingerprint(model, Windows.parse(WINDOWS))
+    assert fingerprint(make(), Windows.parse(WINDOWS.clone())) == before
     other = WINDOWS.clone()
     other[3, 11] = (other[3, 11] + 1) % 64
-    assert fingerprint(model, other)["windows"] != before["windows"]
+    assert fingerprint(model, Windows.parse(other))["windows"] != before["windows"]
     pruned = {id(linear.weight) for block in blocks.modules for linear in find_linears(block).values()}
     for parameter in model.parameters():
         entries, kept = parameter.data.view(-1), parameter.data.clone()
         entries[7] = torch.nextafter(entries[7], entries[7] + 1)
-        changed = [fingerprint(model, WINDOWS)]
+        changed = [fingerprint(model, Windows.parse(WINDOWS))]
         if len(kept.unique()) > 1:  # not the norms, whose entries are all 1
             parameter.data.copy_(kept)
             entries[[3, 9]] = entries[[9, 3]]
-            changed.append(fingerprint(model, WINDOWS))
+            changed.append(fingerprint(model, Windows.parse(WINDOWS)))
         for after in changed:
             assert (after["model"] == before["model"]) == (id(parameter) in pruned)
             blocks_changed = sum(a != b for a, b in zip(after["blocks"], before["blocks"], strict=True))

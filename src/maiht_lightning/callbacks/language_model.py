@@ -54,19 +54,17 @@ def find_tokenizer(module: LightningModule, model: Any, name: str | None = None)
     """The tokenizer named, or else the LightningModule's `tokenizer`, or else the one beside the model's weights.
 
     Raises:
-        MisconfigurationException: None of them is there.
+        MisconfigurationException: None of them is there; the message says why.
     """
     source = name or getattr(getattr(model, "config", None), "_name_or_path", None)
     try:
         own = None if name else getattr(module, "tokenizer", None)
         tokenizer = own if own is not None else load_tokenizer(source) if source else None
     except (OSError, ValueError) as error:
-        raise MisconfigurationException(
-            f"no tokenizer for the calibration text: {error}. Name one with `tokenizer`."
-        ) from error
+        raise MisconfigurationException(f"{error}. Name one with `tokenizer`.") from error
     if tokenizer is None:
         raise MisconfigurationException(
-            f"no tokenizer for the calibration text: {type(module).__name__} has no `tokenizer`, and the model "
-            f"does not say where it was loaded from. Name one with MAIHTPruning(tokenizer=...)."
+            f"{type(module).__name__} has no `tokenizer`, and the model does not say where it was loaded from. Name "
+            f"one with MAIHTPruning(tokenizer=...)."
         )
     return tokenizer

@@ -12,16 +12,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from typing_extensions import override
 
 from ..capture.hidden_states import Storage, check_storage
+from ..data.batches import TokenBatches
 from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource
 from ..evaluation.evaluation import Evaluation
 from ..interrupts import interrupts
 from ..models.offload import is_sharded
-from ..pruning.pruner import has_zeros
+from ..pruning.pruner import check_windows, has_zeros
 from ..records import LayerRecord, PruningReport
 from ..reporting.summary import Summary
 from ..solvers import MAIHTConfig, PruningSpec
 from ..validation import check_at_least
+from .calibration import Calibration, TrainingWindows, check_calibration
 from .compatibility import (
     check_offload,
     check_reachable,
@@ -78,10 +80,13 @@ class MAIHTPruning(Callback):
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
         config: A preset's name, `paper`, `fast`, `accurate`, `balanced` or `best`, or settings one by one, with those
             left out as in `paper`. By default `balanced`, and for other methods than `maiht` as they were published.
-        calibration: Where calibration windows come from; by default 128 from C4.
+        calibration: Where calibration windows come from; by default 128 from C4. Or windows of your own: a LongTensor
+            of token ids (samples, seqlen), a DataLoader or other batches (see `prune`), or `train`: what the model is
+            trained on first, as the LightningModule gives it to the model, up to 262,144 tokens.
         evaluation: What the dense and the pruned model are measured by; by default perplexity on WikiText-2.
         model: Dotted path of the Hugging Face model in the LightningModule. None: it is found.
-        tokenizer: Name or folder of the tokenizer. None: the LightningModule's, or the model's own.
+        tokenizer: Name or folder of the tokenizer. None: the LightningModule's, or the model's own. Texts and tasks
+            alone need one.
         batch_size: Windows per calibration forward pass.
         compact: Also save the pruned model as `model_compact/`, much smaller, for `load_compact`; W&B gets it as an
             artifact.
@@ -114,7 +119,7 @@ class MAIHTPruning(Callback):
         pattern: str = "unstructured",
         method: str = "maiht",
         config: MAIHTConfig | str | None = None,
-        calibration: CalibrationSource | None = None,
+        calibration: CalibrationSource | Literal["train"] | TokenBatches | None = None,
         evaluation: Evaluation = Evaluation(),  # noqa: B008  (frozen)
         model: str | None = None,
         tokenizer: str | None = None,
@@ -129,7 +134,8 @@ class MAIHTPruning(Callback):
     ) -> None:
         self.schedule = parse_schedule(prune_at, PruningSpec.parse(sparsity, pattern, method, config))
         check_at_least(1, batch_size=batch_size)
-        self.calibration = C4Calibration() if calibration is None else calibration
+        self.calibration: Calibration = C4Calibration() if calibration is None else calibration
+        check_calibration(self.calibration)
         self.evaluation = evaluation
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.compact, self.save_dense, self.keep_journal = compact, save_dense, keep_journal
@@ -155,6 +161,8 @@ class MAIHTPruning(Callback):
         self.keeps_point = False
         # Whether an earlier process has begun what is done now.
         self.resumes = False
+        # What the fit trains on first, where the calibration is `train`.
+        self._training_windows = TrainingWindows()
         # The Trainer's limits, while they are lifted for a fit that has no step to make.
         self._limits: Limits | None = None
         # Made by `prepare`, anew in each fit.
@@ -207,6 +215,7 @@ class MAIHTPruning(Callback):
         self.previous_fit = state_dict["earlier"]
         # Absent in checkpoints of older versions.
         self.trained = state_dict.get("trained", False)
+        self._training_windows.load_state_dict(state_dict.get("windows", []))
         # Before the pruning there is nothing in the folder to resume with, and other settings make another run.
         if self.output_dir is None and self.done and state_dict.get("output_dir") is not None:
             self.output_dir = Path(state_dict["output_dir"])
@@ -236,6 +245,12 @@ class MAIHTPruning(Callback):
             rank_zero_info("MAIHTPruning: the model has the zeros asked for; it is trained on with them and not pruned")
             self.done, self._pruned_step = len(self.schedule), trainer.global_step
             self.run.measure("pruned")
+        if self.calibration == "train" and not self.pruned:
+            if trainer.should_stop:
+                # The fit has made its last step before this process: what it has not kept will not come.
+                self._training_windows.require()
+            model = self.run.model
+            self._training_windows.watch(model, partial(check_windows, model=model))
         self.run.recorder.start_clock()
         interrupts.training = True
 
@@ -264,6 +279,14 @@ class MAIHTPruning(Callback):
                 self.run.drop_journals()
             self.run.recorder.start_clock()
             interrupts.training = True
+        self._training_windows.is_listening = True
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """See that there is something to calibrate on, where that is what is trained on."""
+        self._training_windows.is_listening = False
+        if self.calibration == "train" and not self.pruned:
+            self._training_windows.require()
 
     def _save_point_within_training(self, trainer: Trainer) -> None:
         """Keep all that was trained where a batch is about to begin, with the optimizers' states."""
@@ -273,18 +296,21 @@ class MAIHTPruning(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """How far the pruning is, for fits that resume from a checkpoint."""
+        windows = [] if self.pruned else self._training_windows.state_dict()
         return {
             "done": self.done,
             "pruned_step": self._pruned_step,
             "earlier": self.previous_fit,
             "trained": self.trained,
             "output_dir": None if self.output_dir is None else str(self.output_dir),
+            **({"windows": windows} if windows else {}),
         }
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune, or measure what became of the pruned model, while the model, its device and loggers are alive."""
         interrupts.training = False
+        self._training_windows.close()
         if not (self.pruned and trainer.global_step <= self._pruned_step):
             self.run.recorder.stop_clock("finetune" if self.pruned else "fit")
             for optimizer in trainer.optimizers:
@@ -336,6 +362,7 @@ class MAIHTPruning(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what is trained where the Trainer was told to stop, which it does between two batches."""
         was_training, interrupts.training = interrupts.training, False
+        self._training_windows.close()
         self._limits = None
         if was_training and isinstance(exception, SIGTERMException):
             settle_counters(trainer)
@@ -366,6 +393,8 @@ class MAIHTPruning(Callback):
     def _prune_step(self, trainer: Trainer, pl_module: LightningModule) -> PruningReport:
         """Do the next step of the schedule, with the stage `dense` before the first."""
         step, is_last = self.schedule[self.done], self.done + 1 == len(self.schedule)
+        if self.calibration == "train":
+            self.run.calibrate_on(trainer.strategy.broadcast(self._training_windows.windows()))
         # Gradients are of no more use, and as large as the model.
         pl_module.zero_grad(set_to_none=True)
         if self._moves(pl_module):

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,12 +12,13 @@ from weakref import proxy, ref
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..capture.hidden_states import Storage
+from ..data.batches import Windows
 from ..estimate.plan import predict_pruning
 from ..evaluation.evaluation import LoadedEvaluation, context_length
 from ..models.blocks import find_blocks, refuse_adapters, weight_of
@@ -29,6 +30,7 @@ from ..records import LayerRecord, PruningReport, StageResult
 from ..reporting.recorder import RunRecorder
 from ..reporting.summary import Summary, fresh_run_folder
 from ..solvers import PruningSpec
+from .calibration import MissingTokenizer, describe, describe_windows, draw_windows
 from .compatibility import check_sharded, process_group
 from .language_model import find_language_model, find_tokenizer
 from .resume_point import RESUME_POINT
@@ -45,8 +47,8 @@ class PruningRun:
 
     Args:
         find_model: Finds the Hugging Face causal language model, which a run does not keep in memory.
-        tokenizer: Its tokenizer.
-        windows: Calibration token ids (samples, seqlen); None for a model that is pruned already.
+        tokenizer: Its tokenizer, if there is one.
+        windows: Calibration windows; None for a model that is pruned already, and until they have been trained on.
         evaluation: What the model is measured by.
         recorder: Where the results go.
         device: Where to compute; by default where the model is.
@@ -60,8 +62,8 @@ class PruningRun:
     """
 
     find_model: Callable[[], "PreTrainedModel"]
-    tokenizer: "PreTrainedTokenizerBase"
-    windows: Tensor | None
+    tokenizer: "PreTrainedTokenizerBase | None"
+    windows: Windows | None
     evaluation: LoadedEvaluation
     recorder: RunRecorder
     device: torch.device | None = None
@@ -85,6 +87,11 @@ class PruningRun:
             if save_dense:
                 self.save("model_dense")
             self.measure("dense")
+
+    def calibrate_on(self, windows: Windows) -> None:
+        """Set the windows that have been trained on."""
+        self.windows = windows
+        self.recorder.settings["calibration"] |= describe_windows(windows)
 
     def prune(
         self, spec: PruningSpec, *, journal: str, on_block: Callable[[list[LayerRecord]], None] | None = None
@@ -145,7 +152,9 @@ class PruningRun:
     def save(self, name: str) -> None:
         """Save the model in the run's folder, unless an earlier process of the run has done so."""
         if name not in self.recorder.summary.saved:
-            self.recorder.save(self.model, self.tokenizer, name)
+            # A tokenizer of another library's knows no such folders.
+            tokenizer = self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None
+            self.recorder.save(self.model, tokenizer, name)
 
     def measure(self, stage: str) -> None:
         """Measure the model, and record the figures as a stage of the run, unless an earlier process has done so.
@@ -172,7 +181,7 @@ class PruningRun:
 
     def _predict(self, spec: PruningSpec) -> dict[str, dict[str, float]]:
         assert self.windows is not None
-        samples, seqlen = self.windows.shape
+        samples, seqlen = self.windows.samples, max(1, round(self.windows.tokens / self.windows.samples))
         return predict_pruning(
             self.model, spec, samples=samples, seqlen=seqlen, batch_size=self.batch_size, offload=self.offload
         )
@@ -196,7 +205,7 @@ def prepare_run(
         MisconfigurationException: The model or the texts do not fit.
     """
     model = find_language_model(pl_module, pruning.model)
-    tokenizer = find_tokenizer(pl_module, model, pruning.tokenizer)
+    tokenizer, missing = _find_tokenizer(pruning, pl_module, model)
     check_sharded(trainer, model)
     windows, evaluation = (None, None) if before is None else (before.windows, before.evaluation)
     try:
@@ -205,11 +214,18 @@ def prepare_run(
         if not pruning.pruned:
             refuse_adapters(pl_module)
             check_weights(model, find_blocks(model), pruning.spec, on_disk_allowed=True)
+            if pruning.calibration == "train" and trainer.state.fn != TrainerFn.FITTING:
+                raise ValueError(
+                    "calibration must be a text or token batches where nothing is trained, but found train"
+                )
             # A source of somebody's own may draw others in every process.
-            windows = trainer.strategy.broadcast(pruning.calibration.windows(tokenizer, context_length(model)))
-            check_windows(windows, model)
+            windows = trainer.strategy.broadcast(
+                draw_windows(pruning.calibration, tokenizer or missing, context_length(model))
+            )
+            if windows is not None:
+                check_windows(windows, model)
         if evaluation is None or not pruning.pruned:
-            evaluation = pruning.evaluation.load(model, tokenizer)
+            evaluation = _load_evaluation(pruning, trainer, model, tokenizer, missing)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         raise MisconfigurationException(f"pruning cannot work with these settings: {error}") from error
     folder = pruning.output_dir
@@ -243,6 +259,39 @@ def prepare_run(
         # Where the Trainer has no bar, as it was told or because nobody looks at a terminal, there is none at all.
         progress=trainer.progress_bar_callback is not None,
     )
+
+
+def _find_tokenizer(
+    pruning: "MAIHTPruning", pl_module: LightningModule, model: "PreTrainedModel"
+) -> "tuple[PreTrainedTokenizerBase | None, MissingTokenizer]":
+    """The tokenizer, if there is one, and what stands in for it; one that was named must be there."""
+    try:
+        return find_tokenizer(pl_module, model, pruning.tokenizer), MissingTokenizer("")
+    except MisconfigurationException as error:
+        if pruning.tokenizer is not None:
+            raise MisconfigurationException(f"no tokenizer: {error}") from error
+        return None, MissingTokenizer(str(error))
+
+
+def _load_evaluation(
+    pruning: "MAIHTPruning",
+    trainer: Trainer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    missing: MissingTokenizer,
+) -> LoadedEvaluation:
+    """Load what the model is measured by, the same in all processes."""
+    if tokenizer is None and pruning.evaluation.needs_tokenizer:
+        raise ValueError(
+            f"no tokenizer for the texts and tasks of the evaluation: {missing.reason} Or measure on batches of your "
+            f"own, with evaluation=Evaluation(perplexity={{'mine': loader}}), or nothing, with perplexity=[]."
+        )
+    loaded = pruning.evaluation.load(model, tokenizer)
+    own = {name: windows for name, windows in loaded.windows.items() if isinstance(windows, Windows)}
+    for windows in own.values():
+        check_windows(windows, model)
+    # Every process has loaders of its own, which may shuffle in their own ways.
+    return replace(loaded, windows={**loaded.windows, **trainer.strategy.broadcast(own)})
 
 
 def check_disk(pruning: "MAIHTPruning", trainer: Trainer, pl_module: LightningModule, *, trains: bool) -> None:
@@ -305,16 +354,14 @@ def _find_again(module: "ref[LightningModule]", name: str | None) -> "PreTrained
     return find_language_model(found, name)
 
 
-def _described(pruning: "MAIHTPruning", windows: Tensor | None) -> dict[str, Any]:
+def _described(pruning: "MAIHTPruning", windows: Windows | None) -> dict[str, Any]:
     """How the model is pruned and measured, for the report and the loggers."""
-    calibration = {k: v for k, v in vars(pruning.calibration).items() if isinstance(v, str | int | float)}
-    shape = [] if windows is None else list(windows.shape)
     return {
         "method": pruning.spec.method,
         "sparsity": pruning.spec.sparsity,
         "pattern": pruning.spec.pattern.name,
         "prune_at": {step.name: step.spec.sparsity for step in pruning.schedule},
         "config": asdict(pruning.spec.config),
-        "calibration": {"class": type(pruning.calibration).__name__, **calibration, "windows": shape},
-        "evaluation": asdict(pruning.evaluation),
+        "calibration": describe(pruning.calibration, windows),
+        "evaluation": pruning.evaluation.description,
     }

@@ -124,7 +124,7 @@ def record_inputs(
         store: Keeps the hidden states; by default they stay on the device.
 
     Returns:
-        The batches. Arguments that are equal in all of them are stored once.
+        The batches. Arguments that are equal in one and the next are stored once.
 
     Raises:
         ValueError: The model skips blocks or repeats them.
@@ -146,7 +146,8 @@ def record_inputs(
                 )
             arguments = to_device([(positional, keywords) for _, positional, keywords in recorded], device)
             if found:
-                arguments = [_share(new, old) for new, old in zip(arguments, found[0].arguments, strict=True)]
+                # Of the last batch: batches of the same length stand together.
+                arguments = [_share(new, old) for new, old in zip(arguments, found[-1].arguments, strict=True)]
             hidden = recorded[0][0]
             found.append(Batch(hidden.to(device) if store is None else store.put(hidden), arguments, device))
     return BlockInputs(found)

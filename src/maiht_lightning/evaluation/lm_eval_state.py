@@ -6,16 +6,15 @@ the model or for the screen is as before afterwards, also where it fails.
 
 import logging
 import os
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 from tqdm.auto import tqdm
+
+from ..data.randomness import seeded
 
 # The seeds of lm-eval's command line: of `random`, and of NumPy, torch and the choice of solved examples.
 PYTHON_SEED = 0
@@ -29,7 +28,7 @@ def lm_eval_at_work() -> Iterator[None]:
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
     """
-    with _environment_kept(), _seeded(), _quiet():
+    with _environment_kept(), seeded(PYTHON_SEED, OTHER_SEED), _quiet():
         try:
             import lm_eval.evaluator
             import lm_eval.models.huggingface
@@ -51,26 +50,6 @@ def _environment_kept() -> Iterator[None]:
         for name in set(os.environ) - set(found):
             del os.environ[name]
         os.environ.update({name: value for name, value in found.items() if os.environ.get(name) != value})
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Seed as lm-eval's command line does, for tasks that draw; put all generators back."""
-    # Only generators of a CUDA that is in use already are seeded: a model on the CPU must not initialise CUDA.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=devices):
-        try:
-            random.seed(PYTHON_SEED)
-            np.random.seed(OTHER_SEED)  # noqa: NPY002
-            # `torch.manual_seed` would also seed a CUDA that is initialised later, where nothing could be put back.
-            torch.default_generator.manual_seed(OTHER_SEED)
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(OTHER_SEED)
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..capture.block_inputs import logits_from_hidden, record_inputs
 from ..capture.hidden_states import HiddenStateStore, choose_storage
+from ..data.batches import TokenBatches, Windows
 from ..distributed import Ranks
 from ..models.blocks import evaluation_mode, find_blocks
 from ..models.offload import BlockLoader, execution_device, hidden_bytes, is_offloaded, without_block_weights
@@ -123,7 +124,7 @@ class Perplexity(Metric):
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
-    windows: Tensor,
+    windows: Tensor | TokenBatches | Windows,
     *,
     batch_size: int = 1,
     progress: bool = True,
@@ -141,7 +142,7 @@ def perplexity(
     Args:
         model: A Hugging Face causal language model: called as `model(input_ids=..., use_cache=False)`, it answers with
             `.logits`.
-        windows: (windows, seqlen), int64.
+        windows: (windows, seqlen), int64, or batches of them, padded or not, as for `prune`.
         batch_size: Windows per forward pass. The result does not depend on it.
         progress: Show a progress bar.
         description: The bar's name.
@@ -155,15 +156,18 @@ def perplexity(
     Raises:
         ValueError: There is nothing to predict in `windows`, or `batch_size` is below 1.
     """
-    if windows.ndim != 2 or len(windows) < 1 or windows.shape[1] < 2:
+    found = Windows.parse(windows)
+    # A window of one token has nothing to predict.
+    groups = tuple(group for group in found.groups if group.ndim == 2 and group.shape[1] > 1 and len(group))
+    if not groups:
         raise ValueError(
             "windows must have shape (windows, seqlen), with at least one window of two tokens, but found "
-            f"{tuple(windows.shape)}"
+            f"{', '.join(str(tuple(group.shape)) for group in found.groups)}"
         )
     check_at_least(1, batch_size=batch_size)
     ranks = Ranks(process_group)
     device = execution_device(model, device)
-    batches = ranks.shard(windows.split(batch_size))
+    batches = ranks.shard(Windows(groups).batches(batch_size))
     metric = Perplexity(sync_on_compute=False).to(device)
     bar = {"desc": description, "disable": not (progress and ranks.is_main)}
     # `errors_shared` lets none of the processes wait for one that has failed.

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import __version__
+from ..data.batches import Windows
 from ..models.blocks import find_blocks, find_linears
 from ..models.durable import replacing, sync, write_text
 from ..models.offload import full_tensor, full_weight
@@ -232,8 +233,8 @@ def _text_checksum(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
-    """Digest calibration windows (samples, seqlen) and a model's parameters: a journal resumes where these are equal.
+def fingerprint(model: nn.Module, windows: Windows) -> dict[str, Any]:
+    """Digest calibration windows and a model's parameters: a journal resumes where these are equal.
 
     The weights that are pruned have one digest per block, in `blocks`; `model` is that of all other parameters.
     """
@@ -249,7 +250,8 @@ def fingerprint(model: nn.Module, windows: Tensor) -> dict[str, Any]:
     return {
         "model": _digest(others),
         "blocks": [_digest(block) for block in pruned],
-        "windows": _digest({"": partial_of(Tensor.detach, windows)}),
+        # Where all windows are of one length, as in journals of older versions.
+        "windows": _digest({str(i or ""): partial_of(Tensor.detach, group) for i, group in enumerate(windows.groups)}),
     }
 
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..capture.block_inputs import BlockInputs, record_inputs
 from ..capture.hidden_states import HiddenStateStore, Storage, check_storage, choose_storage
+from ..data.batches import CALIBRATION_TOKENS, TokenBatches, Windows
 from ..distributed import Ranks
 from ..models.blocks import (
     DecoderBlocks,
@@ -54,7 +55,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def prune(
     model: nn.Module,
-    windows: Tensor,
+    windows: Tensor | TokenBatches,
     *,
     sparsity: float = 0.5,
     pattern: str = "unstructured",
@@ -80,8 +81,11 @@ def prune(
 
     Args:
         model: A Hugging Face causal language model of the LLaMA shape.
-        windows: Calibration token ids (samples, seqlen), int64. Each must be whole: there is no attention mask, so
-            that padding would count in the Gram matrices. Windows that begin or end with padding are refused.
+        windows: Calibration token ids (samples, seqlen), int64; or a DataLoader, a list or anything else that gives
+            batches of them: dictionaries with `input_ids` and, where they are padded, `attention_mask`, or tensors, or
+            tuples of these two. Masked tokens do not count, and packed rows are taken apart where `position_ids` begin
+            anew. Of a loader the first 262,144 tokens are taken, and all of a list. Without a mask, windows that begin
+            or end with padding are refused.
         sparsity: Fraction of zeros, in [0, 1): exactly floor(sparsity · numel) zeros per layer for `unstructured`,
             floor(sparsity · in) per row for `row`. An `N:M` pattern fixes it, so that it may be left out.
         pattern: `unstructured` (weights compete within a layer), `row` (within an output row), or `N:M` (N kept of
@@ -100,7 +104,7 @@ def prune(
             or `auto`, the first of these with room for them.
         process_group: Processes that prune together, such as `torch.distributed.group.WORLD`: each calls this with
             the same arguments and with the same model, or its shards of one. The windows and the layers are shared
-            out, and all end with the same weights. The first process keeps the journal.
+            out, and all end with the same weights. The windows are the first process's, which keeps the journal.
 
     Returns:
         One record per layer, with times in seconds.
@@ -114,9 +118,13 @@ def prune(
         Alistarh, *SparseGPT*, ICML 2023.
     """
     spec = PruningSpec.parse(sparsity, pattern, method, config)
+    ranks = Ranks(process_group)
+    with ranks.errors_shared():
+        found = Windows.parse(windows, tokens=CALIBRATION_TOKENS)
     return prune_model(
         model,
-        windows,
+        # Every process has a loader of its own, which may shuffle in its own way.
+        ranks.broadcast_object(found),
         spec,
         journal_dir=journal_dir,
         progress=progress,
@@ -131,7 +139,7 @@ def prune(
 @torch.no_grad()
 def prune_model(
     model: nn.Module,
-    windows: Tensor,
+    windows: Windows,
     spec: PruningSpec,
     *,
     journal_dir: str | os.PathLike[str] | None = None,
@@ -142,7 +150,7 @@ def prune_model(
     hidden_states: Storage = "auto",
     process_group: ProcessGroup | None = None,
 ) -> PruningReport:
-    """Prune as `prune` does, with settings that are parsed already; other arguments, result and errors are the same."""
+    """Prune as `prune` does, with settings and windows that are parsed already; all else is the same."""
     check_storage(hidden_states)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
@@ -179,12 +187,12 @@ def prune_model(
     return pruner.report
 
 
-def _share_of_batches(windows: Tensor, batch_size: int, ranks: Ranks) -> list[Tensor]:
+def _share_of_batches(windows: Windows, batch_size: int, ranks: Ranks) -> list[Tensor]:
     """Batches of windows for this process: whole ones, so that each is what it would be with one process."""
-    batches = windows.split(batch_size)
+    batches = windows.batches(batch_size)
     if len(batches) < ranks.size:
         raise ValueError(
-            f"{len(windows)} windows in batches of {batch_size} are too few for {ranks.size} processes: take more "
+            f"{windows.samples} windows in batches of {batch_size} are too few for {ranks.size} processes: take more "
             f"windows, a smaller batch_size or fewer processes"
         )
     return ranks.shard(batches)
@@ -199,7 +207,7 @@ def _record_inputs(
 
 
 def _open_journal(
-    folder: str | os.PathLike[str], spec: PruningSpec, model: nn.Module, windows: Tensor, ranks: Ranks
+    folder: str | os.PathLike[str], spec: PruningSpec, model: nn.Module, windows: Windows, ranks: Ranks
 ) -> Journal | None:
     """Open the journal, in the first process alone."""
     # All processes take part, since shards have to be gathered for the fingerprint.
@@ -284,8 +292,15 @@ def _check_finite(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name} has weights that are NaN or infinite: did training diverge?")
 
 
-def check_windows(windows: Tensor, model: nn.Module) -> None:
-    """Raise `TypeError` or `ValueError` unless `windows` are whole token ids (samples, seqlen) that suit the model."""
+def check_windows(windows: Tensor | Windows, model: nn.Module) -> None:
+    """Raise `TypeError` or `ValueError` unless `windows` are whole token ids that suit the model."""
+    found = Windows.parse(windows)
+    for group in found.groups:
+        _check_group(group, model, is_masked=found.is_masked)
+
+
+def _check_group(windows: Tensor, model: nn.Module, *, is_masked: bool) -> None:
+    """Check windows (samples, seqlen) of one length."""
     if not isinstance(windows, Tensor) or windows.dtype != torch.long:
         found = windows.dtype if isinstance(windows, Tensor) else type(windows).__name__
         raise TypeError(f"windows must be a LongTensor of token ids (samples, seqlen), but found {found}")
@@ -294,11 +309,13 @@ def check_windows(windows: Tensor, model: nn.Module) -> None:
             f"windows must have shape (samples, seqlen), both at least 1, but found {tuple(windows.shape)}"
         )
     check_fits("windows", windows, model)
+    if is_masked:
+        return
     if padded := _count_padded(windows, getattr(model, "config", None)):
         raise ValueError(
             f"windows must be whole, since there is no attention mask and padding would count in the Gram matrices, "
-            f"but {padded} of {len(windows)} begin or end with padding tokens: cut them from longer text, or join "
-            f"short texts end to end"
+            f"but {padded} of {len(windows)} begin or end with padding tokens: give batches with attention_mask, cut "
+            f"them from longer text, or join short texts end to end"
         )
 
 

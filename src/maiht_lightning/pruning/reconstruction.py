@@ -67,9 +67,11 @@ def reconstruct(
             return relative_error_per_token(output, target.to(output.device)).mean()
 
         def held_out_error() -> float:
+            # Batches may have different lengths, and each of their tokens counts the same.
+            tokens = [target.shape[:-1].numel() for _, target in held_out]
             with ranks.errors_shared(), torch.no_grad():
-                total = torch.stack([error(pair).double() for pair in held_out]).sum()
-            both = torch.stack([total, torch.full_like(total, len(held_out))])
+                errors = [error(pair).double() * count for pair, count in zip(held_out, tokens, strict=True)]
+            both = torch.stack([torch.stack(errors).sum(), errors[0].new_tensor(sum(tokens))])
             ranks.all_reduce(both)
             return float(both[0] / both[1])
 

@@ -36,6 +36,11 @@ def error(value: float) -> str:
     return f"{value:.3g}"
 
 
+def number(value: float) -> str:
+    """Write a number of which nothing is known with four digits. ∞ is written as such."""
+    return f"{value:,.4g}" if isfinite(value) else "NaN" if isnan(value) else "∞" if value > 0 else "−∞"
+
+
 def percent(value: float) -> str:
     """Write a fraction in percent with two decimals, without the sign."""
     return f"{100 * value:.2f}"

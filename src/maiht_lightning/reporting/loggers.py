@@ -56,12 +56,16 @@ def log_sparsity(loggers: Sequence[Logger], name: str, sparsity: float, global_s
 
 
 def log_stage(loggers: Sequence[Logger], name: str, stage: StageResult, global_step: int) -> list[str]:
-    """Log what was measured at a stage: `STAGE/perplexity/TEXT`, `STAGE/tasks/TASK/METRIC`, `STAGE/mean_accuracy`."""
+    """Log what was measured at a stage.
+
+    The names are `STAGE/perplexity/TEXT`, `STAGE/tasks/TASK/METRIC`, `STAGE/mean_accuracy` and `STAGE/metrics/NAME`.
+    """
     metrics = {f"{name}/perplexity/{text}": value for text, value in stage.perplexity.items()}
     for task, found in stage.tasks.items():
         metrics |= {f"{name}/tasks/{task}/{metric}": value for metric, value in found.items()}
     if stage.mean_accuracy is not None:
         metrics[f"{name}/mean_accuracy"] = stage.mean_accuracy
+    metrics |= {f"{name}/metrics/{metric}": value for metric, value in stage.metrics.items()}
     if not metrics:
         return []
     return _each(loggers, lambda logger: logger.log_metrics(metrics, step=global_step))

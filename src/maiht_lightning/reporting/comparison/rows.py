@@ -112,6 +112,12 @@ def _values(run: Run, stage: str) -> dict[str, float]:
         if stage in ("pruned", name)
         for text, value in result.perplexity.items()
     }
+    values |= {
+        f"metric/{metric}/{name}": value
+        for name, result in results.items()
+        if stage in ("pruned", name)
+        for metric, value in result.metrics.items()
+    }
     values |= {f"accuracy/{task}": results[stage].score(task, "acc")[0] for task in results[stage].tasks}
     values["mean_accuracy"] = results[stage].mean_accuracy
     if stage == "pruned":

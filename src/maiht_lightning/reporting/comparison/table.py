@@ -75,6 +75,8 @@ class Comparison:
         texts = dict.fromkeys(key.split("/", 1)[1].rpartition("/")[0] for key in found if key.startswith("perplexity/"))
         stages = [f"perplexity/{text}/{stage}" for text in texts for stage in STAGE_ORDER]
         tasks = [key for key in found if key.startswith("accuracy/")]
+        own = dict.fromkeys(key.split("/", 1)[1].rpartition("/")[0] for key in found if key.startswith("metric/"))
+        tasks += [f"metric/{metric}/{stage}" for metric in own for stage in STAGE_ORDER]
         rest = ["mean_accuracy", "mean_accuracy/finetuned", "mean_relative_error", "solve_seconds"]
         return [key for key in ["measured_sparsity", *stages, *tasks, *rest] if key in found]
 
@@ -96,6 +98,7 @@ class Comparison:
             "measured_sparsity": "zeros counted, %",
             "perplexity": f"{text} perplexity, {stage}",
             "accuracy": f"{rest} acc, %",
+            "metric": f"{text}, {stage}",
             "mean_accuracy": f"mean acc, {rest}, %" if rest else "mean acc, %",
             "mean_relative_error": "mean relative error",
             "solve_seconds": "solver, s",
@@ -109,6 +112,7 @@ class Comparison:
         kind = column.partition("/")[0]
         form: Callable[[float], str] = {
             "perplexity": formats.perplexity,
+            "metric": formats.number,
             "mean_relative_error": formats.error,
             "solve_seconds": "{:.1f}".format,
         }.get(kind, formats.percent)

@@ -21,7 +21,7 @@ class TableRow(NamedTuple):
 
 
 def stage_rows(stages: Stages, decimals: int | None = None) -> list[TableRow]:
-    """Write perplexities, the tasks' metrics with their standard errors, and their mean: one row per measure.
+    """Write perplexities, the tasks' metrics with their standard errors, their mean, the user's own: a row per measure.
 
     Args:
         stages: What was measured.
@@ -43,4 +43,7 @@ def stage_rows(stages: Stages, decimals: int | None = None) -> list[TableRow]:
     means = [stage.mean_accuracy for stage in stages.values()]
     if any(mean is not None for mean in means):
         rows.append(TableRow("mean accuracy, %", [formats.score(mean) for mean in means], is_mean=True))
+    for name in stages.own_metrics:
+        values = [stage.metrics.get(name) for stage in stages.values()]
+        rows.append(TableRow(name, [formats.DASH if value is None else formats.number(value) for value in values]))
     return rows
