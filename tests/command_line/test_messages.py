@@ -224,4 +224,4 @@ def test_the_printed_configuration_explains_itself_and_is_the_same_when_read(cap
 
 def test_other_commands_print_theirs_as_well(capsys):
     text = printed(capsys, "evaluate", "--model", "x")
-    assert "# Only the first windows of each text, for a quick look.\nmax_windows: null\n" in text
+    assert "# Only the first windows of each text or loader, for a quick look.\nmax_windows: null\n" in text

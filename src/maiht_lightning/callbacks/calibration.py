@@ -40,6 +40,8 @@ def draw_windows(calibration: Calibration, tokenizer: Any, seqlen: int) -> Windo
     if isinstance(calibration, str):
         return None
     given: Any = calibration
+    if getattr(given, "reads_text", False) and isinstance(tokenizer, MissingTokenizer):
+        tokenizer()
     return Windows.parse(given.windows(tokenizer, seqlen) if _is_source(given) else given, tokens=CALIBRATION_TOKENS)
 
 

@@ -43,6 +43,8 @@ class C4Calibration(CalibrationSource):
         ValueError: A setting is out of range.
     """
 
+    reads_text = True
+
     def __init__(
         self, samples: int = 128, seqlen: int | None = None, sampling: Sampling = "wanda", seed: int = 0
     ) -> None:

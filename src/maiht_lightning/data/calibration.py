@@ -19,7 +19,12 @@ class CalibrationSource(ABC):
         class MyText(CalibrationSource):
             def windows(self, tokenizer, seqlen):
                 return pack_windows(my_documents(), tokenizer, seqlen, samples=128)
+
+    Attributes:
+        reads_text: Whether it is of no use without a tokenizer, so that a missing one is told before a text is read.
     """
+
+    reads_text = False
 
     @abstractmethod
     def windows(self, tokenizer: "PreTrainedTokenizerBase", seqlen: int) -> Tensor:

@@ -30,6 +30,8 @@ class PythonDocsCalibration(CalibrationSource):
         ValueError: A setting is out of range.
     """
 
+    reads_text = True
+
     def __init__(self, samples: int = 64, seqlen: int | None = 256, seed: int = 0) -> None:
         check_at_least(1, samples=samples)
         check_at_least(2, seqlen=2 if seqlen is None else seqlen)
