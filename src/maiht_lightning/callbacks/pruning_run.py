@@ -122,6 +122,7 @@ class PruningRun:
                 device=self.device,
                 hidden_states=self.hidden_states,
                 process_group=self.process_group,
+                on_retry=self.recorder.note,
             )
 
     def finish_pruning(self, spec: PruningSpec, report: PruningReport) -> None:

@@ -7,14 +7,15 @@ conventions, and recording costs next to nothing.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.offload import to_device
-from .hidden_states import HiddenStateStore
+from .hidden_states import HiddenStateStore, NoStore
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -29,12 +30,14 @@ class Batch:
         arguments: For each block the other arguments that it gets: positional ones, keyword ones.
         device: Where the blocks are computed.
         index: Index of the next block.
+        origin: Number of the batch as asked for, which parts of it share.
     """
 
     hidden: Tensor
     arguments: list[Arguments]
     device: torch.device
     index: int = 0
+    origin: int = field(default_factory=count().__next__)
 
     def input(self) -> Tensor:
         """Return the input of the next block (windows, seqlen, hidden) on the execution device."""
@@ -75,14 +78,35 @@ class BlockInputs:
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
         self._passed: nn.Module | None = None
+        # Index of the block that comes after the one passed.
+        self._index = batches[0].index if batches else 0
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
-            if self._passed is not None:
+            # An iteration that memory has ended left some of them before the block, and others behind it.
+            if self._passed is not None and batch.index < self._index:
                 batch.advance(self._passed)
             yield batch
         # If the passed block is a copy, this frees its memory.
         self._passed = None
+
+    @property
+    def batch_size(self) -> int:
+        """Windows in the largest batch."""
+        return max(len(batch.hidden) for batch in self.batches)
+
+    def split(self, batch_size: int, recorded: "BlockInputs") -> None:
+        """Cut the batches into parts of so many windows, on their way as they are.
+
+        Args:
+            batch_size: Windows of a part at most.
+            recorded: Inputs of the first block in just these parts, of which the other arguments are taken.
+        """
+        parts = [(hidden, batch) for batch in self.batches for hidden in batch.hidden.split(batch_size)]
+        self.batches = [
+            Batch(hidden, part.arguments, batch.device, batch.index, batch.origin)
+            for (hidden, batch), part in zip(parts, recorded.batches, strict=True)
+        ]
 
     def twin(self, store: HiddenStateStore) -> "BlockInputs":
         """The same inputs once more, which go their own way through the blocks from here on."""
@@ -96,6 +120,7 @@ class BlockInputs:
         """Pass the next block, lazily: `block` must stay as it is until the batches have been iterated over."""
         self.settle()
         self._passed = block
+        self._index += 1
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -112,7 +137,7 @@ def record_inputs(
     batches: Sequence[Tensor],
     *,
     device: torch.device | None = None,
-    store: HiddenStateStore | None = None,
+    store: HiddenStateStore | NoStore | None = None,
 ) -> BlockInputs:
     """Record the first block's inputs and every block's other arguments.
 

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from ..data.batches import TokenBatches, Windows
 from ..data.windows import evaluation_windows
+from ..models.memory import with_room
 from ..records import StageResult
 from ..validation import check_at_least, check_fits, positions_of
 from .lm_eval_tasks import load_tasks
@@ -168,7 +169,7 @@ class LoadedEvaluation:
         def measured(what: str, work: Callable[[int], Any], batch_size: int = self.settings.batch_size) -> Any:
             """What some work gives that takes a batch size; None where it failed."""
             try:
-                return _with_room(what, work, batch_size, on_retry, retries=process_group is None)
+                return with_room(what, work, batch_size, on_retry, retries=process_group is None)
             except Exception as error:
                 if on_failure is None:
                     raise
@@ -217,23 +218,6 @@ class LoadedEvaluation:
             {name: found for name, found in tasks.items() if found is not None},
             metrics,
         )
-
-
-def _with_room(
-    what: str, work: Callable[[int], Any], batch_size: int, on_retry: Callable[[str], None], *, retries: bool
-) -> Any:
-    """Do some work in batches of a size, or of half of it as long as memory runs out."""
-    while True:
-        try:
-            return work(batch_size)
-        except torch.OutOfMemoryError:
-            if not retries or batch_size == 1:
-                raise
-        # Outside of the handler, whose traceback holds the tensors.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        on_retry(f"{what}: memory ran out with batch_size {batch_size}, so it is measured with {batch_size // 2}")
-        batch_size //= 2
 
 
 def _name(metric: Callable[..., Any]) -> str:

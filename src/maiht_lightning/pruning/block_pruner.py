@@ -5,8 +5,10 @@ hidden states the dense model's may go along, for layers that are fitted to its 
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -16,11 +18,14 @@ from ..capture.grams import InputGroup, accumulate_grams
 from ..capture.sublayers import DenseStream, accumulate_group, find_groups
 from ..distributed import RankError, Ranks
 from ..models.blocks import find_linears, weight_of, write_weight
+from ..models.memory import is_out_of_memory, release_memory, with_room
 from ..models.offload import BlockLoader, copy_of
 from ..records import LayerRecord, PruningReport
 from ..solvers import LayerResult, LayerSolver, Pattern, PruningSpec
 from .journal import Journal, block_file
 from .reconstruction import reconstruct
+
+T = TypeVar("T")
 
 
 class PruningError(RuntimeError):
@@ -40,6 +45,9 @@ class BlockPruner:
         bar: The progress bar, which counts layers.
         dense: The same windows, as inputs of the first block of the dense model; None where it is not needed.
         patterns: Patterns of layers that have their own, by path in the model.
+        record: Records the windows in batches of another size, as inputs of the first block, without hidden states.
+            None: where memory runs out, nothing is tried again in smaller batches.
+        on_retry: Called with a sentence where memory ran out.
 
     Attributes:
         report: Times and records so far.
@@ -56,10 +64,14 @@ class BlockPruner:
         bar: "tqdm[None]",
         dense: BlockInputs | None = None,
         patterns: Mapping[str, Pattern] | None = None,
+        record: Callable[[int], BlockInputs] | None = None,
+        on_retry: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.loader, self.inputs, self.spec, self.ranks = loader, inputs, spec, ranks
         self.journal, self.journal_dir = journal, journal_dir
         self.dense, self.patterns = dense, patterns or {}
+        self._record, self._on_retry = record, on_retry
+        self._said: set[str] = set()
         self.report = PruningReport()
         self._bar = bar
 
@@ -81,6 +93,7 @@ class BlockPruner:
             weights, records = finished
             self._show(index, "from the journal")
             self._bar.update(len(records))
+            self._with_room(self._settle)
             if self.dense is not None:
                 self.dense.pass_through(copy_of(block))
             self._put(index, block, weights)
@@ -146,7 +159,7 @@ class BlockPruner:
     def _find_groups(self, block: nn.Module, index: int) -> list[list[str]]:
         try:
             with self.ranks.errors_shared():
-                return find_groups(block, self.inputs)
+                return self._with_room(lambda: find_groups(block, self.inputs))
         except (ValueError, RuntimeError) as error:
             raise self._failed(index, "captured", error) from error
 
@@ -159,11 +172,9 @@ class BlockPruner:
         self._show(index, "reconstruction")
         try:
             with self.ranks.errors_shared():
-                self.inputs.settle()
                 # What the dense model has after this block is what the pruned block is to return.
-                self.dense.settle()
-            targets = [batch.hidden for batch in self.dense.batches]
-            errors = reconstruct(block, self.inputs.batches, targets, self.spec.config, seed=index, ranks=self.ranks)
+                self._with_room(self._settle)
+            errors = self._with_room(partial(self._train, block, index))
         except (ValueError, RuntimeError) as error:
             raise self._failed(index, "reconstructed", error) from error
         linears = find_linears(block)
@@ -172,6 +183,33 @@ class BlockPruner:
             record.zeros = int((weights[record.layer] == 0).sum())
             record.block_error = errors
         self.report.reconstruction_seconds += time.perf_counter() - start
+
+    def _train(self, block: nn.Module, seed: int) -> tuple[float, float]:
+        assert self.dense is not None
+        targets = [batch.hidden for batch in self.dense.batches]
+        return reconstruct(block, self.inputs.batches, targets, self.spec.config, seed=seed, ranks=self.ranks)
+
+    def _settle(self) -> None:
+        """Bring all hidden states through the block that was passed last."""
+        self.inputs.settle()
+        if self.dense is not None:
+            self.dense.settle()
+
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """Do some work that runs all batches through a block, in smaller ones from where memory has run out on."""
+
+        def sized(batch_size: int) -> T:
+            if batch_size < self.inputs.batch_size:
+                assert self._record is not None
+                recorded = self._record(batch_size)
+                self.inputs.split(batch_size, recorded)
+                if self.dense is not None:
+                    self.dense.split(batch_size, recorded)
+            return work()
+
+        # Processes that share the windows would have to agree on it.
+        retries = self.ranks.size == 1 and self._record is not None
+        return with_room("calibration", sized, self.inputs.batch_size, self._on_retry, done="captured", retries=retries)
 
     def _save(self, index: int, weights: dict[str, Tensor], records: list[LayerRecord]) -> None:
         """Bring a block's weights (out, in) to the disk before the model's change."""
@@ -199,9 +237,11 @@ class BlockPruner:
         try:
             with self.ranks.errors_shared():
                 if names is None:
-                    groups = accumulate_grams(block, self.inputs, tf32=tf32)
+                    groups = self._with_room(lambda: accumulate_grams(block, self.inputs, tf32=tf32))
                 else:
-                    groups = [accumulate_group(block, self.inputs, names, dense=dense, tf32=tf32)]
+                    groups = [
+                        self._with_room(lambda: accumulate_group(block, self.inputs, names, dense=dense, tf32=tf32))
+                    ]
         except (ValueError, RuntimeError) as error:
             raise self._failed(index, "captured", error) from error
         linears = find_linears(block)
@@ -261,12 +301,13 @@ class BlockPruner:
         concerned = group.names
         self._show(index, ", ".join(concerned))
         try:
-            shared = LayerSolver(group.gram, self.spec, group.drift)
+            shared = self._prepare_solver(group)
             # The solver has its own scaled copy (in, in) of it now.
             group.gram, group.drift = group.gram.new_empty(0), None
             for name in group.names:
                 concerned = [name]
-                result = shared.prune(weight_of(linears[name]), self.patterns.get(f"{self._path(index)}.{name}"))
+                pattern = self.patterns.get(f"{self._path(index)}.{name}")
+                result, shared = self._solve_layer(shared, weight_of(linears[name]), pattern)
                 self._show(index, f"{name}, error {result.relative_error:.4f}")
                 self._bar.update()
                 yield name, result
@@ -276,6 +317,38 @@ class BlockPruner:
                 f"{', '.join(f'{self._path(index)}.{name}' for name in concerned)} could not be pruned: {error}. "
                 f"This block and later ones are unchanged."
             ) from error
+
+    def _solve_layer(
+        self, solver: LayerSolver, weight: Tensor, pattern: Pattern | None
+    ) -> tuple[LayerResult, LayerSolver]:
+        """Prune a layer's weight (out, in), with less memory as long as it runs out; returns the solver that had it."""
+        while True:
+            try:
+                return solver.prune(weight, pattern), solver
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or (frugal := solver.with_less_memory(weight)) is None:
+                    raise
+            release_memory()
+            solver, how = frugal
+            shape = " x ".join(map(str, weight.shape))
+            self._say(f"solver: memory ran out for a layer of {shape} weights, so it is solved {how}")
+
+    def _prepare_solver(self, group: InputGroup) -> LayerSolver:
+        """The solver of a group's layers; in host memory where a GPU's runs out."""
+        try:
+            return LayerSolver(group.gram, self.spec, group.drift)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or group.gram.device.type == "cpu":
+                raise
+        release_memory()
+        self._say(f"solver: memory ran out for {len(group.gram)} inputs, so that layers are solved in host memory")
+        drift = None if group.drift is None else group.drift.cpu()
+        return LayerSolver(group.gram.cpu(), self.spec, drift, on_host=True)
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            self._on_retry(message)
 
     def _failed(self, index: int, what: str, error: Exception) -> PruningError:
         return PruningError(f"{self._path(index)} could not be {what}: {error}. It and later blocks are unchanged.")

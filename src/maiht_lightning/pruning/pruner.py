@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..capture.block_inputs import BlockInputs, record_inputs
-from ..capture.hidden_states import HiddenStateStore, Storage, check_storage, choose_storage
+from ..capture.hidden_states import HiddenStateStore, NoStore, Storage, check_storage, choose_storage
 from ..data.batches import CALIBRATION_TOKENS, TokenBatches, Windows
 from ..distributed import Ranks
 from ..models.blocks import (
@@ -31,6 +32,7 @@ from ..models.blocks import (
     refuse_adapters,
     weight_of,
 )
+from ..models.memory import with_room
 from ..models.offload import (
     BlockLoader,
     execution_device,
@@ -97,7 +99,7 @@ def prune(
             arguments after a crash, with the dense model or the partly pruned one, `prune` resumes with the first
             unfinished block.
         progress: Show a progress bar.
-        batch_size: Windows per calibration forward pass.
+        batch_size: Windows per calibration forward pass; where memory runs out in one process, half as many.
         on_block: Called with a block's records when it is done.
         device: Where to compute; by default where the model is.
         hidden_states: Where the windows' hidden states are stored between blocks: `device`, `host` (pinned), `disk`,
@@ -149,8 +151,12 @@ def prune_model(
     device: torch.device | str | None = None,
     hidden_states: Storage = "auto",
     process_group: ProcessGroup | None = None,
+    on_retry: Callable[[str], None] = log.warning,
 ) -> PruningReport:
-    """Prune as `prune` does, with settings and windows that are parsed already; all else is the same."""
+    """Prune as `prune` does, with settings and windows that are parsed already; all else is the same.
+
+    `on_retry` is called with a sentence where memory ran out and something is done again with less of it.
+    """
     check_storage(hidden_states)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
@@ -176,10 +182,20 @@ def prune_model(
         HiddenStateStore(hidden_states, loader.device, journal_dir.parent if journal_dir else None) as store,
         tqdm(total=layers, desc="Pruning", unit="layer", disable=not (progress and ranks.is_main)) as bar,
     ):
-        inputs = _record_inputs(model, batches, loader, store)
+
+        def record(batch_size: int, store: HiddenStateStore | NoStore = NoStore()) -> BlockInputs:  # noqa: B008
+            parts = [(number, part) for number, batch in enumerate(batches) for part in batch.split(batch_size)]
+            found = _record_inputs(model, [part for _, part in parts], loader, store)
+            for batch, (number, _) in zip(found.batches, parts, strict=True):
+                batch.origin = number
+            return found
+
+        inputs = with_room(
+            "calibration", partial(record, store=store), batch_size, on_retry, done="captured", retries=ranks.size == 1
+        )
         patterns = _allocate(loader, inputs, store, spec, ranks, journal)
         dense = inputs.twin(store) if spec.config.has_dense_stream else None
-        pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar, dense, patterns)
+        pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar, dense, patterns, record, on_retry)
         pruner.report.capture_seconds = time.perf_counter() - started
         for records in pruner.run():
             if on_block is not None:
@@ -199,7 +215,7 @@ def _share_of_batches(windows: Windows, batch_size: int, ranks: Ranks) -> list[T
 
 
 def _record_inputs(
-    model: nn.Module, batches: list[Tensor], loader: BlockLoader, store: HiddenStateStore
+    model: nn.Module, batches: list[Tensor], loader: BlockLoader, store: HiddenStateStore | NoStore
 ) -> BlockInputs:
     # Embeddings and whatever else is around the blocks come to the device for this alone, and leave it afterwards.
     source = without_block_weights(model, loader.blocks, loader.device) if loader.copies else model

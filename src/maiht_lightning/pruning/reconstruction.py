@@ -8,6 +8,7 @@ others, and held-out windows decide when to stop.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from math import cos, pi
 
 import torch
@@ -19,6 +20,9 @@ from ..distributed import Ranks
 from ..models.blocks import find_linears
 from ..solvers import MAIHTConfig
 from ..solvers.config import HELD_OUT
+
+# Inputs of a block, hidden states (windows, seqlen, hidden), and what it is to return for them.
+Pair = tuple[Batch, Tensor]
 
 
 def reconstruct(
@@ -50,7 +54,8 @@ def reconstruct(
         RankError: Another process has failed; the block is as it was.
     """
     ranks = ranks or Ranks()
-    pairs = list(zip(inputs, targets, strict=True))
+    # Parts of one batch, cut where memory ran out, are one step together.
+    pairs = [list(parts) for _, parts in groupby(zip(inputs, targets, strict=True), lambda pair: pair[0].origin)]
     training, held_out = (pairs, pairs) if len(pairs) < 4 else split(pairs)
     # A step takes one batch from every process, so that all do as many steps.
     steps = min(ranks.all_gather_object(len(training)))
@@ -60,18 +65,29 @@ def reconstruct(
         masks = {name: (weight != 0).float() for name, weight in weights.items()}
         dtype = block.get_parameter(names[0]).dtype
 
-        def error(pair: tuple[Batch, Tensor]) -> Tensor:
-            batch, target = pair
+        def errors(parts: list[Pair]) -> Iterator[Tensor]:
+            """The mean error of a batch, in summands of its parts."""
+            windows = sum(len(target) for _, target in parts)
+            for batch, target in parts:
+                yield error(batch, target) * (len(target) / windows)
+
+        def error(batch: Batch, target: Tensor) -> Tensor:
             masked = {name: (weight * masks[name]).to(dtype) for name, weight in weights.items()}
             output = batch.run(lambda *args, **kwargs: functional_call(block, masked, args, kwargs))
             return relative_error_per_token(output, target.to(output.device)).mean()
 
         def held_out_error() -> float:
             # Batches may have different lengths, and each of their tokens counts the same.
-            tokens = [target.shape[:-1].numel() for _, target in held_out]
+            tokens = [sum(target.shape[:-1].numel() for _, target in parts) for parts in held_out]
             with ranks.errors_shared(), torch.no_grad():
-                errors = [error(pair).double() * count for pair, count in zip(held_out, tokens, strict=True)]
-            both = torch.stack([torch.stack(errors).sum(), errors[0].new_tensor(sum(tokens))])
+                total = torch.stack(
+                    [
+                        part.double() * count
+                        for pair, count in zip(held_out, tokens, strict=True)
+                        for part in errors(pair)
+                    ]
+                ).sum()
+            both = torch.stack([total, total.new_tensor(sum(tokens))])
             ranks.all_reduce(both)
             return float(both[0] / both[1])
 
@@ -91,7 +107,12 @@ def reconstruct(
                     group["lr"] = rate * (1 + cos(pi * step / total_steps)) / 2
                 # Not `backward`, which would leave gradients in the block's other parameters.
                 with ranks.errors_shared():
-                    gradients = torch.autograd.grad(error(training[index]), list(weights.values()))
+                    gradients = [torch.zeros_like(weight) for weight in weights.values()]
+                    for part in errors(training[index]):
+                        for gradient, more in zip(
+                            gradients, torch.autograd.grad(part, list(weights.values())), strict=True
+                        ):
+                            gradient.add_(more)
                 for weight, gradient in zip(weights.values(), gradients, strict=True):
                     ranks.all_reduce(gradient)
                     weight.grad = gradient.div_(ranks.size)
@@ -108,7 +129,7 @@ def reconstruct(
     return start, best
 
 
-def split(pairs: list[tuple[Batch, Tensor]]) -> tuple[list[tuple[Batch, Tensor]], list[tuple[Batch, Tensor]]]:
+def split(pairs: list[list[Pair]]) -> tuple[list[list[Pair]], list[list[Pair]]]:
     """Split batches into those to train with and those held out, every `HELD_OUT`-th and at least one."""
     chosen = set(range(0, len(pairs), HELD_OUT))
     return (

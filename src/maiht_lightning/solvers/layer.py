@@ -1,19 +1,22 @@
 """`prune_layer`: every method behind one function."""
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import MAIHTConfig
 from .correction import Correction
-from .methods import METHODS
+from .methods import IN_SLICES, METHODS
 from .patterns import DEFAULT_SPARSITY, Pattern
 from .precision import float32_products
 from .problem import relative_error, scale_gram
+from .slices import rows_within, solver_bytes
 from .spec import PruningSpec
 
 
@@ -98,6 +101,7 @@ class LayerSolver:
         spec: How the layers are pruned.
         drift: Xᵀ(X_d − X) (in, in), floating dtype, with the dense model's inputs X_d: outputs are fitted to
             (X + c (X_d − X)) W0ᵀ then, with c the config's `dense_targets`.
+        on_host: Solve in host memory, where `gram` is, wherever the weights are.
 
     Raises:
         TypeError, ValueError: As for `prune_layer`, in what concerns the Gram matrix.
@@ -105,8 +109,8 @@ class LayerSolver:
     """
 
     @torch.no_grad()
-    def __init__(self, gram: Tensor, spec: PruningSpec, drift: Tensor | None = None) -> None:
-        self.spec = spec
+    def __init__(self, gram: Tensor, spec: PruningSpec, drift: Tensor | None = None, *, on_host: bool = False) -> None:
+        self.spec, self.on_host = spec, on_host
         _check_finite("gram", gram)
         if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.numel() == 0:
             raise ValueError(f"gram must have shape (in, in), at least (1, 1), but found {tuple(gram.shape)}")
@@ -124,7 +128,9 @@ class LayerSolver:
 
         The first result's `seconds` holds the time spent on the Gram matrix, too.
         """
-        start = time.perf_counter()
+        start, device = time.perf_counter(), weight.device
+        if self.on_host:
+            weight = weight.cpu()
         self._check(weight)
         with self._products(weight):
             method, config = METHODS[self.spec.method], self.spec.config
@@ -141,7 +147,29 @@ class LayerSolver:
             with float32_products(tf32=False):
                 error = relative_error(dense, pruned, self.gram)
         seconds, self._seconds = self._seconds + time.perf_counter() - start, 0.0
-        return LayerResult(pruned, solution.mask, error, solution.objective, solution.accelerated, seconds)
+        pruned, mask = pruned.to(device), solution.mask.to(device)
+        return LayerResult(pruned, mask, error, solution.objective, solution.accelerated, seconds)
+
+    def with_less_memory(self, weight: Tensor) -> "tuple[LayerSolver, str] | None":
+        """A solver with the same answer, but for rounding, that takes less memory for a weight (out, in), and how.
+
+        In slices of half as many rows where the method's iteration can be done so; else, from a GPU, in host memory.
+        None where there is no such way.
+        """
+        config = self.spec.config
+        other = copy.copy(self)
+        # Methods without an iteration in slices have no use for a budget.
+        if self.spec.method in IN_SLICES and config.candidates == "gradient":
+            rows = rows_within(config.memory_budget, weight.shape, config.dtype) // 2
+            if rows:
+                budget = solver_bytes((rows, weight.shape[1]), config.dtype)
+                other.spec = replace(self.spec, config=replace(config, memory_budget=budget))
+                return other, f"in slices of {rows} rows"
+        elif self.gram.norms.device.type != "cpu":
+            other.gram, other.prepared, other.correction = moved((self.gram, self.prepared, self.correction), "cpu")
+            other.on_host = True
+            return other, "in host memory"
+        return None
 
     @contextmanager
     def _products(self, tensor: Tensor) -> Iterator[None]:
@@ -169,6 +197,19 @@ class LayerSolver:
                 f"but found ({len(norms)}, {len(norms)})"
             )
         self.spec.pattern.check_shape(weight.shape)
+
+
+def moved(value: Any, device: str) -> Any:
+    """What a solver has computed from a Gram matrix, with its tensors on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(each, device) for each in value))
+    if isinstance(value, list | tuple):
+        return type(value)(moved(each, device) for each in value)
+    return value
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

@@ -49,6 +49,9 @@ METHODS: dict[str, Method] = {
     "admm": Method(admm.prepare, admm.solve),
 }
 
+# Those whose iteration can be done in slices of rows, with gradient candidates.
+IN_SLICES = ("maiht", "aiht", "iht")
+
 
 def check_method(method: str) -> str:
     """Return `method`, or raise `ValueError` listing the known ones."""
