@@ -4,7 +4,7 @@
     python scripts/bench_spinning.py --beside      # beside a process for each core
 
 Each row is a layer and a number of threads, each column a `GOMP_SPINCOUNT`. That must be set before torch is loaded, so
-that each measurement is a process of its own. They take turns, so that a slow moment of the machine meets all, and
+that each is measured in a process of its own. They take turns, so that a slow moment of the machine meets all, and
 medians count. Ratios within one run of this script can be relied upon, seconds of two runs cannot be compared.
 """
 
@@ -22,16 +22,18 @@ SHAPES = [(512, 256), (1536, 576), (576, 1536)]
 SPINS = ["1000", "3000", "10000", "default"]
 
 PROGRAM = """
-import sys, time, torch
+import json, sys, time, torch
 from maiht_lightning import prune_layer
-out, inputs, config = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-random = torch.Generator().manual_seed(0)
-weight, x = torch.randn(out, inputs, generator=random), torch.randn(4 * inputs, inputs, generator=random)
-gram = x.T @ x
-prune_layer(weight[:8], gram, config=config)
-start = time.perf_counter()
-prune_layer(weight, gram, config=config)
-print(time.perf_counter() - start)
+shapes, config, found = json.loads(sys.argv[1]), sys.argv[2], []
+for out, inputs in shapes:
+    random = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(out, inputs, generator=random), torch.randn(4 * inputs, inputs, generator=random)
+    gram = x.T @ x
+    prune_layer(weight[:8], gram, config=config)
+    start = time.perf_counter()
+    prune_layer(weight, gram, config=config)
+    found.append(time.perf_counter() - start)
+print(json.dumps(found))
 """
 
 
@@ -45,21 +47,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds(shape: tuple[int, int], threads: int, spins: str, config: str) -> float:
-    """Time one layer in a new process."""
+def seconds(threads: int, spins: str, config: str) -> list[float]:
+    """Time each layer in a new process."""
     variables = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     variables |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "src")}
     if spins != "default":
         variables["GOMP_SPINCOUNT"] = spins
-    command = [sys.executable, "-c", PROGRAM, *map(str, shape), config]
-    return float(subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout)
+    command = [sys.executable, "-c", PROGRAM, json.dumps(SHAPES), config]
+    found: list[float] = json.loads(
+        subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True).stdout
+    )
+    return found
 
 
 def main() -> None:
     args = parse_arguments()
     # With one thread nobody waits.
-    kinds = [(s, t, spins) for s in SHAPES for t in args.threads for spins in (SPINS if t > 1 else SPINS[:1])]
-    found: dict[tuple[tuple[int, int], int, str], list[float]] = {kind: [] for kind in kinds}
+    kinds = [(threads, spins) for threads in args.threads for spins in (SPINS if threads > 1 else SPINS[:1])]
+    found: dict[tuple[int, str], list[list[float]]] = {kind: [] for kind in kinds}
     with ExitStack() as stack:
         for _ in range((os.cpu_count() or 1) if args.beside else 0):
             busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -70,9 +75,13 @@ def main() -> None:
                 found[kind].append(seconds(*kind, args.config))
     rows = []
     print(f"{'layer':>11} {'threads':>7} " + " ".join(f"{spins:>9}" for spins in SPINS) + "   seconds, medians")
-    for shape in SHAPES:
+    for index, shape in enumerate(SHAPES):
         for threads in args.threads:
-            times = {spins: median(found[shape, threads, spins]) for spins in SPINS if (shape, threads, spins) in found}
+            times = {
+                spins: median(times[index] for times in found[threads, spins])
+                for spins in SPINS
+                if (threads, spins) in found
+            }
             rows.append({"shape": shape, "threads": threads, "seconds": times})
             cells = " ".join(f"{times[spins]:9.3f}" if spins in times else " " * 9 for spins in SPINS)
             print(f"{shape[0]:>6}x{shape[1]:<4} {threads:>7} {cells}")
