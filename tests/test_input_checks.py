@@ -293,9 +293,7 @@ def test_gpus_that_are_not_there_are_refused(setting, no_step, capsys, tiny_llam
         said = refused(capsys, "fit", *setting(trainer__accelerator=name))
         assert f"trainer.accelerator must be one that is here, but found {name}, and PyTorch" in said
         assert "or give --trainer.accelerator cpu" in said
-    with pytest.raises(
-        ValueError, match=r"device must be one that PyTorch .* finds here, such as cpu, but found 'cuda'"
-    ):
+    with pytest.raises(ValueError, match=r"device must be one that PyTorch finds here, such as cpu, but found 'cuda'"):
         prune(tiny_llama(vocab_size=64), WINDOWS, device="cuda", progress=False)
     said = refused(capsys, "evaluate", "--model", "bytes", "--device", "cuda")
     assert "device must be one that PyTorch" in said

@@ -68,8 +68,8 @@ def check_device(device: torch.device | str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device must be one that PyTorch {torch.__version__} finds here, such as cpu, but found {str(device)!r}: "
-            f"{error}"
+            f"device must be one that PyTorch finds here, such as cpu, but found {str(device)!r} with PyTorch "
+            f"{torch.__version__}: {error}"
         ) from error
     return torch.device(device)
 
