@@ -61,8 +61,8 @@ UNFIT = {
     "infinite": (poison(-math.inf), r"layers\.1\.mlp\.up_proj has weights that are NaN or infinite"),
     "tied": (tie, r"layers\.0\.mlp\.\w+ shares its weight with another module"),
     "quantised": (quantise, r"layers\.0\.self_attn\.k_proj has weights of torch\.int8: load the model in a floating"),
-    "eight bits": (store_in_eight_bits, r"layers\.1\.self_attn\.o_proj has weights of torch\.float8_e4m3fn: load"),
-    "another class": (store_as_another_class, r"layers\.1\.self_attn\.o_proj has weights of QuantisedTensor: load"),
+    "eight_bits": (store_in_eight_bits, r"layers\.1\.self_attn\.o_proj has weights of torch\.float8_e4m3fn: load"),
+    "another_class": (store_as_another_class, r"layers\.1\.self_attn\.o_proj has weights of QuantisedTensor: load"),
     "embedding": (poison_embedding, r"model\.embed_tokens\.weight has weights that are NaN or infinite"),
 }
 
