@@ -7,6 +7,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from maiht_lightning import MAIHTConfig
+from maiht_lightning.data.batches import Windows
 from maiht_lightning.models.memory import is_out_of_memory
 from maiht_lightning.pruning.pruner import prune_model
 from maiht_lightning.solvers import LayerSolver, PruningSpec
@@ -41,7 +42,7 @@ def pruned(model, said=None, batch_size=4, **settings):
     model = copy.deepcopy(model)
     spec = PruningSpec.parse(**settings)
     more = {} if said is None else {"on_retry": said.append}
-    report = prune_model(model, WINDOWS, spec, progress=False, batch_size=batch_size, **more)
+    report = prune_model(model, Windows.parse(WINDOWS), spec, progress=False, batch_size=batch_size, **more)
     return dict(model.named_parameters()), report
 
 

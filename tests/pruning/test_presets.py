@@ -73,6 +73,7 @@ def test_what_the_presets_switch_on():
     assert (fast.candidates, fast.sublayers, fast.has_dense_stream) == ("preconditioned", False, False)
     assert (balanced.candidates, balanced.sublayers, balanced.reconstruction_epochs) == ("preconditioned", True, 0)
     assert 0 < balanced.dense_targets <= 1
+    assert (paper.allocation, fast.allocation, balanced.allocation) == ("uniform", "uniform", "depth")
     assert best.reconstruction_epochs > 0
     assert replace(best, reconstruction_epochs=0) == balanced
 
@@ -105,7 +106,7 @@ def test_identities_of_older_journals_are_those_of_the_published_setting():
         "keep_zeros",
     }
     assert PruningSpec.parse(config="paper").identity()["config"].keys() == older
-    newer = {"candidates", "sublayers", "dense_targets", "reconstruction_epochs"}
+    newer = {"candidates", "sublayers", "dense_targets", "reconstruction_epochs", "allocation"}
     assert PruningSpec.parse(config="best").identity()["config"].keys() == older | newer
     identities = [json.dumps(PruningSpec.parse(config=name).identity()) for name in PRESETS]
     assert len(set(identities)) == len(PRESETS)

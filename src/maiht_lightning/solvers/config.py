@@ -151,7 +151,12 @@ PRESETS = {
     "fast": MAIHTConfig(candidates="preconditioned", iterations=24, refine_iterations=12),
     "accurate": MAIHTConfig(candidates="preconditioned", mu=0.001, iterations=60, refine_iterations=30),
     "balanced": MAIHTConfig(
-        candidates="preconditioned", iterations=50, refine_iterations=25, sublayers=True, dense_targets=0.5
+        candidates="preconditioned",
+        iterations=50,
+        refine_iterations=25,
+        sublayers=True,
+        dense_targets=0.5,
+        allocation="depth",
     ),
     "best": MAIHTConfig(
         candidates="preconditioned",
@@ -159,6 +164,7 @@ PRESETS = {
         refine_iterations=25,
         sublayers=True,
         dense_targets=0.5,
+        allocation="depth",
         reconstruction_epochs=4,
     ),
 }

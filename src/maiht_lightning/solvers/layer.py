@@ -128,7 +128,7 @@ class LayerSolver:
 
         The first result's `seconds` holds the time spent on the Gram matrix, too.
         """
-        start, device = time.perf_counter(), weight.device
+        start, given = time.perf_counter(), weight
         if self.on_host:
             weight = weight.cpu()
         self._check(weight)
@@ -147,7 +147,7 @@ class LayerSolver:
             with float32_products(tf32=False):
                 error = relative_error(dense, pruned, self.gram)
         seconds, self._seconds = self._seconds + time.perf_counter() - start, 0.0
-        pruned, mask = pruned.to(device), solution.mask.to(device)
+        pruned, mask = pruned.to(given.device), solution.mask.to(given.device)
         return LayerResult(pruned, mask, error, solution.objective, solution.accelerated, seconds)
 
     def with_less_memory(self, weight: Tensor) -> "tuple[LayerSolver, str] | None":
