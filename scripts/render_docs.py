@@ -2,7 +2,8 @@
 
     python scripts/render_docs.py
 
-In each of `PAGES` a table stands between `<!-- table NAME -->` and `<!-- end -->`; whatever is between is replaced. A table whose results are not there says so. Where the results come from is said beside each table.
+In each of `PAGES` a table stands between `<!-- table NAME -->` and `<!-- end -->`; whatever is between is replaced. A
+table whose results are not there says so. Where the results come from is said beside each table.
 """
 
 import hashlib

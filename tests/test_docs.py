@@ -33,7 +33,13 @@ from maiht_lightning.solvers import METHODS, LayerSolver, PruningSpec, parse_pat
 
 ROOT = Path(__file__).parents[1]
 # For those who change the package or read its files: what they name is code, not commands and figures.
-APART = {"docs/architecture.md", "docs/compact_format.md", "docs/gpu.md", "docs/reliability.md", "docs/results/README.md"}
+APART = {
+    "docs/architecture.md",
+    "docs/compact_format.md",
+    "docs/gpu.md",
+    "docs/reliability.md",
+    "docs/results/README.md",
+}
 SITE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 PAGES = ("README.md", *(page for page in SITE if page not in APART))
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -518,8 +524,9 @@ def test_every_public_name_stands_on_a_page_or_in_the_changelog():
 # ---- Tables
 
 
-def rows_after(heading, text="\n".join(TEXTS.values())):
-    """The cells of the Markdown table whose heading line begins so."""
+def rows_after(heading):
+    """The cells of the only Markdown table whose heading line begins so."""
+    (text,) = [text for text in TEXTS.values() if heading in text]
     lines = text[text.index(heading) :].splitlines()[2:]
     table = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]

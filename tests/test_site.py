@@ -142,7 +142,8 @@ def test_messages_are_those_of_the_code():
 def test_the_slurm_job_hands_the_signal_on_and_queues_itself_again(tmp_path):
     """With stand-ins: a `maiht` that ends with 143 on SIGTERM, as the real one does, and a `scontrol` that notes."""
     (tmp_path / "maiht").write_text(
-        "#!/bin/bash\necho \"$@\" > arguments\ntrap 'exit 143' TERM\ntouch started\nwhile [ ! -e finish ]; do sleep 0.05; done\n"
+        "#!/bin/bash\necho \"$@\" > arguments\ntrap 'exit 143' TERM\ntouch started\n"
+        "while [ ! -e finish ]; do sleep 0.05; done\n"
     )
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" >> queued\n')
     (tmp_path / "job.sh").write_text(block_of("guides/slurm.md", "sh"))
