@@ -1,4 +1,4 @@
-"""The commands of `maiht` that need no Trainer: `evaluate`, `report`, `export` and `estimate`."""
+"""The commands of `maiht` that need no Trainer: `evaluate`, `report`, `export`, `push` and `estimate`."""
 
 import json
 import os
@@ -98,6 +98,24 @@ def export(args: list[str]) -> None:
     )
 
 
+def push(args: list[str]) -> None:
+    """Upload a run's model to the Hugging Face hub."""
+    from .reporting.hub import push as upload
+
+    parser = CommandParser(prog="maiht push", description="Upload a run's model, with its card, to the hub.")
+    parser.add_argument("run", type=str, help="The run's folder.")
+    parser.add_argument("repo_id", type=str, help="USER/NAME on the hub; made if there is none.")
+    parser.add_argument(
+        "--name",
+        type=str | None,
+        default=None,
+        help="model, model_finetuned, model_compact or model_dense (default: the newest of the first two).",
+    )
+    parser.add_argument("--private", type=bool, default=True, help="Whether a repository that is made is private.")
+    settings = parser.parse_args(args)
+    print(upload(Path(settings.run), settings.repo_id, name=settings.name, private=settings.private))
+
+
 def estimate(args: list[str]) -> None:
     """Predict memory and time of a run, print a table, and say what to change where it will not fit."""
     from .estimate.advice import advise
@@ -154,5 +172,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "report": report,
     "export": export,
+    "push": push,
     "estimate": estimate,
 }

@@ -201,6 +201,18 @@ COMMANDS: dict[str, Command] = {
             _DTYPE,
         ),
     ),
+    "push": Command(
+        "A run's model to the Hugging Face hub, with its card",
+        "Upload the model that a run has ended with to the Hugging Face hub, with its card: what was pruned, how, and "
+        "what was measured.",
+        "maiht push runs/NAME USER/NAME",
+        (
+            Setting("RUN USER/NAME", "", "", "the run's folder, and the repository"),
+            Setting("--name", "FOLDER", "", "model_compact for small files; default: the newest"),
+            Setting("--private", "BOOL", "true", "whether a repository that is made is private"),
+        ),
+        more="The token is that of `hf auth login`, or HF_TOKEN.",
+    ),
     "validate": Command(
         "Loss and perplexity on the validation windows of a DataModule",
         "Measure loss and perplexity on the validation windows of a DataModule, with Lightning's loop.",
