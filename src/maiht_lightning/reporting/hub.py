@@ -66,7 +66,7 @@ def push(run: Path, repo_id: str, *, name: str | None = None, private: bool = Tr
     except Exception as error:
         # Of the hub, of its client, of the network below it.
         raise OSError(
-            f"{folder} could not be pushed to {repo_id}: {error}. Is there a token that may write there (hf auth login, "
+            f"{folder} could not be pushed to {repo_id}: {error}. Is there a token for it (hf auth login, "
             f"or HF_TOKEN)? `maiht push {run} {repo_id}` tries again"
         ) from error
     return str(getattr(sent, "commit_url", sent))
