@@ -106,6 +106,7 @@ COMMANDS: dict[str, Command] = {
         "model's config is read.",
         f"maiht estimate --model {MODEL} --gpu a100-80gb --train_steps 1000",
         (
+            Setting("FILE", "", "", "first: a run's configuration, with all of these"),
             Setting("--model", "MODEL", "", "hub name, folder, .gguf file or config.json"),
             Setting("--gpu", "NAME", "local", "such as a100-80gb, rtx4090; local is measured"),
             Setting("--train_steps", "N", "0", "training passes; 0 for a run that only prunes"),
