@@ -22,6 +22,7 @@ from maiht_lightning.models import durable, saving
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.pruning import block_pruner
 from maiht_lightning.pruning.journal import Journal
+from maiht_lightning.reporting.figure_style import blank_figure, save_png
 from maiht_lightning.reporting.recorder import RunRecorder
 
 pytestmark = pytest.mark.slow
@@ -55,6 +56,12 @@ def fit(sharp_llama, monkeypatch):
     task = {"acc": 0.5}
     monkeypatch.setattr(evaluation, "zero_shot", lambda model, tokenizer, tasks, **_: dict.fromkeys(tasks, task))
     monkeypatch.setattr(Evaluation, "load", lambda self, *_: LoadedEvaluation(self, {"random": windows}, {"boolq": 0}))
+
+    # One small figure: to draw a run's takes longer than the run.
+    monkeypatch.setattr(
+        "maiht_lightning.reporting.recorder.draw_figures",
+        lambda figures, *_: {"relative_error": save_png(blank_figure(1, 1), figures / "relative_error.png")},
+    )
 
     def work(folder):
         module = OwnModule(sharp_llama(hidden_size=32, intermediate_size=64).train())
@@ -230,12 +237,11 @@ def disk(tmp_path):
 
 def fill(disk):
     """Leave no byte free."""
-    with (disk / "filler").open("wb") as file:
+    with (disk / "filler").open("wb", buffering=0) as file:
         for size in (65536, 1):
             while True:
                 try:
                     file.write(bytes(size))
-                    file.flush()
                 except OSError:
                     break
 
