@@ -157,6 +157,7 @@ def test_every_setting_of_the_solver_is_looked_at():
         ({"pattern": "2:4"}, {}),
         ({"method": "magnitude"}, {}),
         *(({"config": replace(BASE["config"], **{name: value})}, {}) for name, value in CONFIG.items()),
+        ({"config": MAIHTConfig(precision="mixed")}, {}),
         ({"config": replace(BASE["config"], **TOGETHER)}, {}),
         ({"windows": WINDOWS.flip(0)}, {}),
         ({"windows": WINDOWS.view(3, 16)}, {}),
@@ -190,6 +191,7 @@ def test_what_decides_the_result_makes_it_another_pruning(make, solved, tmp_path
         {"config": replace(BASE["config"], memory_budget=10**6)},
         {"config": "paper"},
         {"config": None},
+        {"config": MAIHTConfig(precision="float32")},  # what `auto` is on a CPU
         {"progress": True},
         {"batch_size": 2},
         {"hidden_states": "disk"},

@@ -194,22 +194,24 @@ def kth_largest(score: Tensor, k: Tensor) -> Tensor:
     bits = 8 * score.element_size() - 1
     kind = {15: torch.int16, 31: torch.int32, 63: torch.int64}[bits]
     low, high = torch.iinfo(kind).min, torch.iinfo(kind).max
-
-    def number(ordered: Tensor) -> Tensor:
-        return torch.where(ordered < 0, ordered ^ high, ordered).view(score.dtype)
-
-    found = torch.where(count(score >= 0) >= k, 0, low).to(kind)
+    is_negative = count(score >= 0) < k
+    found = torch.where(is_negative, low, 0).to(kind)
+    # The sign is settled, and with it whether the other bits are those of the integer or their complement.
+    flipped = torch.where(is_negative, high, 0).to(kind)
     reached = torch.empty_like(score)
+    # What a bit takes are six kernels on a GPU, which for all but large matrices cost their launch.
     for bit in reversed(range(bits)):
         candidate = found | 1 << bit
-        torch.ge(score, number(candidate), out=reached)
+        torch.ge(score, (candidate ^ flipped).view(score.dtype), out=reached)
         found = torch.where(count(reached) >= k, candidate, found)
-    return number(found)
+    return (found ^ flipped).view(score.dtype)
 
 
 def count(mask: Tensor) -> Tensor:
     """Count the ones in each row of a mask (rows, n) of booleans or numbers: int64 (rows, 1)."""
-    # Sums in float32 are far faster than in other formats, and exact up to 2²⁴.
+    if mask.is_cuda:
+        return mask.sum(1, keepdim=True, dtype=torch.int64)
+    # On a CPU sums in float32 are far faster than in other formats, and exact up to 2²⁴.
     parts = mask.split(1 << 24, dim=1)
     return torch.stack([part.sum(1, keepdim=True, dtype=torch.float32).long() for part in parts]).sum(0)
 

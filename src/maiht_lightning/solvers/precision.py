@@ -23,7 +23,8 @@ from torch import Tensor
 Precision = Literal["auto", "float32", "float64", "tf32", "fp16x3", "mixed"]
 Form = Literal["plain", "fp16x3", "fp16"]
 
-# Scaled entries stay below 2¹⁵, fp16's largest is near 2¹⁶; and exponents within these bounds add up to float32's.
+# Scaled entries stay below 2¹⁵, fp16's largest is near 2¹⁶. A power of two for tiny ones ends here, so that it and that
+# of the other factor add up to one of float32.
 TOP, LIMIT = 15, 60
 
 
@@ -95,8 +96,7 @@ class Multiplier:
         self._columns, self._exponent, self._right = matrix.shape[1], 0, matrix
         if form == "plain":
             return
-        found = int(torch.frexp(matrix.abs().max()).exponent)
-        self._exponent = max(-LIMIT, min(LIMIT, TOP - found))
+        self._exponent = min(LIMIT, TOP - int(torch.frexp(matrix.abs().max()).exponent))
         scaled = matrix * 2.0**self._exponent
         high = scaled.half()
         if form == "fp16x3":
@@ -118,13 +118,13 @@ class Multiplier:
             return torch.mm(left, self._right, out=out)
         # Every row (in,) has a power of two of its own, so that small ones are as accurate as large ones.
         largest = torch.linalg.vector_norm(left, inf, dim=1, keepdim=True)
-        exponent = (TOP - torch.frexp(largest).exponent).clamp_(-LIMIT, LIMIT)
+        exponent = (TOP - torch.frexp(largest).exponent).clamp_max_(LIMIT)
         halves = self._halves(left, _power_of_two(exponent))
         if halves.is_cuda:
             product = torch.mm(halves, self._right, out_dtype=torch.float32, **({} if out is None else {"out": out}))
         else:
             product = torch.mm(halves.float(), self._right, out=out)
-        return product.mul_(_power_of_two(-self._exponent - exponent))
+        return product.mul_(_power_of_two((-self._exponent - exponent).clamp_max_(127)))
 
     def _halves(self, left: Tensor, scale: Tensor) -> Tensor:
         """[R_h | R_h | −R_l] (rows, 3 in) for R = left · scale (rows, in), or R_h alone (rows, in); fp16."""
@@ -166,9 +166,9 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Compute float32 products exactly as float32, or on CUDA with TF32 inputs, and restore the setting.
 
-    A training run often calls `torch.set_float32_matmul_precision("medium")`, which would reach the solvers; or lets sums
-    of half-precision products be rounded to half precision. Within, PyTorch's older functions that ask for the setting
-    may raise: no function that Inductor compiles may hold a product here.
+    A training run often calls `torch.set_float32_matmul_precision("medium")`, which would reach the solvers; or lets
+    sums of half-precision products be rounded to half precision. Within, PyTorch's older functions that ask for the
+    setting may raise: no function that Inductor compiles may hold a product here.
     """
     cuda: Any = torch.backends.cuda.matmul
     mkldnn: Any = torch.backends.mkldnn

@@ -83,7 +83,7 @@ class PruningSpec:
         return replace(self, config=self.config.on(device))
 
     def identity(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """What decides the result on a device, ready for JSON: prunings of one model that have it equal are the same."""
+        """What decides the result on a device, ready for JSON: two prunings of one model that share it are alike."""
         return {
             "method": self.method,
             "pattern": self.pattern.name,
