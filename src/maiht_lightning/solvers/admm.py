@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .config import MAIHTConfig
 from .patterns import Pattern
-from .precision import Multiplier, Products, final_form
+from .precision import Multiplier, final_form
 from .problem import ScaledGram, scale_weight, shifted_cholesky, unscale_weight
 from .solution import Solution
 
@@ -42,7 +42,7 @@ class Prepared(NamedTuple):
     """
 
     damped: Multiplier
-    inverse: Products
+    inverse: Multiplier
 
 
 def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
@@ -56,8 +56,8 @@ def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
     lower = shifted_cholesky(
         damped, RHO, who="ADMM", tried=f"damping {DAMPING} and ρ = {RHO}", advice="check that gram is XᵀX"
     )
-    inverse = Products.of(torch.cholesky_inverse(lower), config.precision)
-    return Prepared(Multiplier(damped, final_form(config.precision)), inverse)
+    form = final_form(config.precision)
+    return Prepared(Multiplier(damped, form), Multiplier(torch.cholesky_inverse(lower), form))
 
 
 def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern, config: MAIHTConfig) -> Solution:
@@ -95,8 +95,7 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
                     mask = Pattern("unstructured", growing).mask(score, size)
         sparse = proposal * mask  # Z (out, in)
         dual = proposal - sparse
-        multiply = prepared.inverse.search if step < MASK_STEPS else prepared.inverse.final
-        current = multiply(pull + RHO * (sparse - dual))
+        current = prepared.inverse(pull + RHO * (sparse - dual))
     if config.keep_zeros:
         mask &= size != 0
     result = unscale_weight((current + dual) * mask, exponent, gram.norms)

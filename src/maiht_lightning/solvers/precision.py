@@ -129,14 +129,13 @@ class Multiplier:
     def _halves(self, left: Tensor, scale: Tensor) -> Tensor:
         """[R_h | R_h | −R_l] (rows, 3 in) for R = left · scale (rows, in), or R_h alone (rows, in); fp16."""
         parts = 3 if self.form == "fp16x3" else 1
-        halves = torch.empty(len(left), parts * left.shape[1], dtype=torch.float16, device=left.device)
-        high, *others = halves.split(left.shape[1], dim=1)
-        torch.mul(left, scale, out=high)
-        if others:
-            others[0].copy_(high)
-            # Computed in float32, where it is exact, and rounded to fp16.
-            torch.addcmul(high, left, scale, value=-1, out=others[1])
-        return halves
+        halves = torch.empty(len(left), parts, left.shape[1], dtype=torch.float16, device=left.device)
+        high, *low = halves.split(2, dim=1)
+        torch.mul(left.unsqueeze(1).expand_as(high), scale.unsqueeze(1), out=high)
+        if low:
+            # R_h − R is computed in float32, where it is exact, and rounded to fp16.
+            torch.addcmul(high.select(1, 0), left, scale, value=-1, out=low[0].squeeze(1))
+        return halves.flatten(1)
 
 
 class Products(NamedTuple):
