@@ -172,7 +172,7 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
     cuda: Any = torch.backends.cuda.matmul
     mkldnn: Any = torch.backends.mkldnn
     names = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
-    settings = [(cuda, name, False) for name in names if hasattr(cuda, name)]
+    settings: list[tuple[Any, str, Any]] = [(cuda, name, False) for name in names if hasattr(cuda, name)]
     if hasattr(cuda, "fp32_precision"):  # since PyTorch 2.9, which objects to a mix of the two ways
         settings += [(cuda, "fp32_precision", "tf32" if tf32 else "ieee"), (mkldnn.matmul, "fp32_precision", "ieee")]
     before = [getattr(backend, name) for backend, name, _ in settings]
