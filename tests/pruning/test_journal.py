@@ -17,7 +17,7 @@ from maiht_lightning.models.blocks import find_blocks, find_linears
 from maiht_lightning.pruning.journal import Journal, drop_weights, fingerprint, read_records
 from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.records import LayerRecord
-from maiht_lightning.solvers import MAIHTConfig
+from maiht_lightning.solvers import MAIHTConfig, PruningSpec
 
 # `maiht_lightning.prune` may hide its module's name.
 pruner = importlib.import_module("maiht_lightning.pruning.block_pruner")
@@ -209,6 +209,18 @@ def test_what_does_not_decide_it_resumes(make, solved, tmp_path, change):
     assert solved.groups == 4
     assert [path.name for path in tmp_path.iterdir()] == ["journal"]
     same(model, whole)
+
+
+def test_what_auto_was_stands_in_the_journal(make, tmp_path, monkeypatch):
+    """As on a device where it is another precision than on this one."""
+
+    def on(spec, device):
+        assert torch.device(device).type == "cpu"
+        return replace(spec, config=replace(spec.config, precision="fp16x3"))
+
+    monkeypatch.setattr(PruningSpec, "on", on)
+    run(make(num_hidden_layers=1), tmp_path / "journal", method="magnitude")
+    assert json.loads((tmp_path / "journal" / "settings.json").read_text())["config"]["precision"] == "fp16x3"
 
 
 def test_a_pattern_has_one_sparsity(make, solved, tmp_path):
