@@ -18,7 +18,7 @@ from maiht_lightning.models.blocks import find_blocks, find_linears
 from maiht_lightning.pruning.journal import Journal, drop_weights, fingerprint, read_records
 from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.records import LayerRecord
-from maiht_lightning.solvers import MAIHTConfig
+from maiht_lightning.solvers import MAIHTConfig, PruningSpec
 
 # `maiht_lightning.prune` may hide its module's name.
 pruner = importlib.import_module("maiht_lightning.pruning.block_pruner")
@@ -158,6 +158,7 @@ def test_every_setting_of_the_solver_is_looked_at():
         ({"pattern": "2:4"}, {}),
         ({"method": "magnitude"}, {}),
         *(({"config": replace(BASE["config"], **{name: value})}, {}) for name, value in CONFIG.items()),
+        ({"config": MAIHTConfig(precision="mixed")}, {}),
         ({"config": replace(BASE["config"], **TOGETHER)}, {}),
         ({"windows": WINDOWS.flip(0)}, {}),
         ({"windows": WINDOWS.view(3, 16)}, {}),
@@ -191,6 +192,7 @@ def test_what_decides_the_result_makes_it_another_pruning(make, solved, tmp_path
         {"config": replace(BASE["config"], memory_budget=10**6)},
         {"config": "paper"},
         {"config": None},
+        {"config": MAIHTConfig(precision="float32")},  # what `auto` is on a CPU
         {"progress": True},
         {"batch_size": 2},
         {"hidden_states": "disk"},
@@ -208,6 +210,18 @@ def test_what_does_not_decide_it_resumes(make, solved, tmp_path, change):
     assert solved.groups == 4
     assert [path.name for path in tmp_path.iterdir()] == ["journal"]
     same(model, whole)
+
+
+def test_what_auto_was_stands_in_the_journal(make, tmp_path, monkeypatch):
+    """As on a device where it is another precision than on this one."""
+
+    def on(spec, device):
+        assert torch.device(device).type == "cpu"
+        return replace(spec, config=replace(spec.config, precision="fp16x3"))
+
+    monkeypatch.setattr(PruningSpec, "on", on)
+    run(make(num_hidden_layers=1), tmp_path / "journal", method="magnitude")
+    assert json.loads((tmp_path / "journal" / "settings.json").read_text())["config"]["precision"] == "fp16x3"
 
 
 def test_a_pattern_has_one_sparsity(make, solved, tmp_path):

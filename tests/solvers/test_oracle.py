@@ -96,5 +96,5 @@ def nonzero_before_top_k(weight, scaled, pattern):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maiht, "HardThresholding", Spy)
         config = resolve_config("paper")
-        maiht.solve(weight, scaled, step_size(scaled, config), pattern, config)
+        maiht.solve(weight, scaled, maiht.prepare(scaled, config), pattern, config)
     return seen[0]
