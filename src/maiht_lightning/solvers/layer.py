@@ -14,7 +14,7 @@ from .config import MAIHTConfig
 from .correction import Correction
 from .methods import IN_SLICES, METHODS
 from .patterns import DEFAULT_SPARSITY, Pattern
-from .precision import error_form, float32_products
+from .precision import Multiplier, error_form, float32_products
 from .problem import relative_error, scale_gram
 from .slices import rows_within, solver_bytes
 from .spec import PruningSpec
@@ -202,7 +202,7 @@ class LayerSolver:
 
 def moved(value: Any, device: str) -> Any:
     """What a solver has computed from a Gram matrix, with its tensors on another device."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Multiplier):
         return value.to(device)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})

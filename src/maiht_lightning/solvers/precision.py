@@ -112,6 +112,14 @@ class Multiplier:
         other.form, other._right = "fp16", self._right[: self._columns]
         return other
 
+    def to(self, device: torch.device | str) -> "Multiplier":
+        """The same on another device."""
+        other = copy.copy(self)
+        other.device, other._right = torch.device(device), self._right.to(device)
+        if self.form != "plain" and not other._right.is_cuda:
+            other._right = other._right.float()
+        return other
+
     def __call__(self, left: Tensor, out: Tensor | None = None) -> Tensor:
         """The product of a matrix (rows, in) with the matrix (in, in); `out` (rows, in) is overwritten."""
         if self.form == "plain":
