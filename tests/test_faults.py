@@ -2,7 +2,9 @@
 
 import errno
 import json
+import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -303,11 +305,19 @@ def test_a_disk_that_fails_is_named_and_once_mended_the_run_ends_the_same(
     assert (disk / "run" / "report.html").exists()
 
 
+FILLS = """
+import sys, torch
+from pathlib import Path
+from maiht_lightning.capture.hidden_states import HiddenStateStore
+
+with HiddenStateStore("disk", torch.device("cpu"), Path(sys.argv[1])) as store:
+    store.put(torch.ones(1000))
+    store.put(torch.ones(2_000_000))
+"""
+
+
 def test_hidden_states_on_a_full_disk_are_an_error_and_no_crash(disk):
     """Writing to a mapped file without room would end the process with SIGBUS."""
-    from maiht_lightning.capture.hidden_states import HiddenStateStore
-
-    with HiddenStateStore("disk", torch.device("cpu"), disk) as store:
-        store.put(torch.ones(1000))
-        with pytest.raises(OSError, match=r"batch_000001\.bin could not be written: .*No space left.*make room"):
-            store.put(torch.ones(2_000_000))
+    done = subprocess.run([sys.executable, "-c", FILLS, str(disk)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(r"OSError: .*batch_000001\.bin could not be written: .*No space left.*make room", done.stderr)
