@@ -278,6 +278,16 @@ def test_seconds_of_products_from_halves(llama):
     assert emulated.seconds > emulated.flops / host.flops_fp32
 
 
+def test_factorisations_are_in_float32_whatever_the_products_are_in(llama):
+    device = SHEETS["a100-80gb"]
+    config = replace(PRESETS["balanced"], precision="tf32")
+    found = phases_of(llama, Job(config=config))["solve"]
+    factorised = 32 * (2 * splitting.levels(config.iterations) + 1 / 3) * (3 * 4096**3 + 11008**3) + 32 * 2 * PRODUCT
+    moved = 32 * LINEARS * count_solver(PruningSpec.parse(config=config)).moved
+    expected = factorised / device.flops_fp32 + (found.flops - factorised) / device.flops_tf32
+    assert found.seconds == pytest.approx(expected + moved / device.bandwidth, rel=1e-6)
+
+
 def test_bytes_of_products_from_halves():
     """By hand, for a matrix (out, in): its rows' largest entries, a high and a low part, the sum scaled back."""
     single, three, mixed = (

@@ -328,25 +328,28 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     spec = job.spec.on("cpu" if device.is_host else "cuda")
     counts, config = count_solver(spec), spec.config
     flops = shape.blocks * sum(counts.products * layer.outputs * layer.inputs**2 for layer in shape.layers)
+    # TF32 does not reach factorisations and what is solved with them.
+    solved = 0.0
     if job.method in ("sparsegpt", "admm"):
         # Both factorise and invert the Gram matrix (in, in).
-        flops += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
+        solved += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
     if job.spec.method == "maiht" and job.settings.candidates == "preconditioned":
-        flops += shape.blocks * sum(2.0 * splitting.levels(job.settings.iterations) * n**3 for n in shape.grams)
+        solved += shape.blocks * sum(2.0 * splitting.levels(job.settings.iterations) * n**3 for n in shape.grams)
     if job.settings.dense_targets:
         # A factorisation for each input, a product and two triangular solutions for each layer.
-        flops += shape.blocks * sum(n**3 / 3 for n in shape.grams)
-        flops += shape.blocks * sum(4.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
+        solved += shape.blocks * sum(n**3 / 3 for n in shape.grams)
+        solved += shape.blocks * sum(4.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
     if job.method == "sparsegpt":
         # SparseGPT also updates the columns in later blocks of columns. `count_solver` does not see it, as its small
         # layers have one block.
         flops += shape.blocks * sum(1.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
     moved = shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
-    rate = {"tf32": device.flops_tf32, "float64": device.flops_fp32 / 2}.get(config.precision, device.flops_fp32)
+    full_rate = device.flops_fp32 / (2 if config.precision == "float64" else 1)
+    rate = device.flops_tf32 if config.precision == "tf32" else full_rate
     # A CPU multiplies halves as float32 numbers.
     half_rate = device.flops_fp32 if device.is_host else device.flops_bf16
     halves = shape.blocks * sum(counts.halves * layer.outputs * layer.inputs**2 for layer in shape.layers)
-    seconds = flops / rate + halves / half_rate + moved / device.bandwidth
+    seconds = flops / rate + solved / full_rate + halves / half_rate + moved / device.bandwidth
     state = max(solver_bytes((la.outputs, la.inputs), config.dtype, config.memory_budget) for la in shape.layers)
     # A block's Gram matrices (in, in), and the one at work once more, scaled; or one group's, with what is made of it.
     # Beside it there is what products with it need.
@@ -361,7 +364,7 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
         grams += (config.dtype.itemsize + inverse * splitting.levels(config.iterations)) * widest**2
     results = job.itemsize * sum(layer.weights for layer in shape.layers) if job.offload == "none" else 0
     memory = device.baseline_bytes + _resident(shape, job) + grams + state + results
-    return Phase("solve", flops + halves, seconds, memory + _streams(job) * _hidden(shape, job))
+    return Phase("solve", flops + solved + halves, seconds, memory + _streams(job) * _hidden(shape, job))
 
 
 def _reconstruct(shape: ModelShape, job: Job, device: Device) -> Phase:
