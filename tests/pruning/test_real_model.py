@@ -26,7 +26,7 @@ def smollm2(smollm2_folder):
     return model
 
 
-def test_maiht_beats_wanda_beats_magnitude_in_every_layer(smollm2, tokenizer, local_data):
+def test_maiht_beats_wanda_beats_magnitude_in_every_layer(smollm2, tokenizer, real_data):
     windows = C4Calibration(samples=8, sampling="packed").windows(tokenizer, 256)
     reports = {}
     # As many zeros in every layer, so that errors compare.
@@ -47,7 +47,7 @@ def test_maiht_beats_wanda_beats_magnitude_in_every_layer(smollm2, tokenizer, lo
     assert mean["wanda"] < mean["magnitude"]
 
 
-def test_dense_perplexity_on_wikitext2(smollm2_folder, tokenizer, local_data):
+def test_dense_perplexity_on_wikitext2(smollm2_folder, tokenizer, real_data):
     """The whole model, against the losses that transformers itself computes, window by window."""
     model = load_model(str(smollm2_folder)).eval()
     windows = evaluation_windows("wikitext2", tokenizer, 512, max_windows=3)
