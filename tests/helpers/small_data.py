@@ -8,52 +8,12 @@ import pyarrow
 import pyarrow.parquet
 
 ROWS = 24
-WORDS = [
-    "river",
-    "stone",
-    "light",
-    "engine",
-    "market",
-    "garden",
-    "winter",
-    "signal",
-    "copper",
-    "island",
-    "letter",
-    "bridge",
-    "harbour",
-    "morning",
-    "captain",
-    "silver",
-    "window",
-    "forest",
-    "teacher",
-    "number",
-    "village",
-    "planet",
-    "glacier",
-    "memory",
-    "silent",
-    "yellow",
-    "ancient",
-    "broken",
-    "narrow",
-    "distant",
-    "carries",
-    "follows",
-    "measures",
-    "opens",
-    "keeps",
-    "reaches",
-    "turns",
-    "between",
-    "above",
-    "beneath",
-    "toward",
-    "without",
-    "because",
-    "although",
-]
+TEXT = """
+river stone light engine market garden winter signal copper island letter bridge harbour morning captain silver window
+forest teacher number village planet glacier memory silent yellow ancient broken narrow distant carries follows measures
+opens keeps reaches turns between above beneath toward without because although
+"""
+WORDS = TEXT.split()
 
 
 def write_small_data(folder):
