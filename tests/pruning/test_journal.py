@@ -248,12 +248,12 @@ def test_a_pruned_model_without_its_journal_is_another_model(make, solved, tmp_p
 def test_partial_files_are_ignored(make, solved, tmp_path):
     folder = tmp_path / "journal"
     whole = make()
-    run(whole, folder)
+    run(whole, folder, config="fast")
     last = folder / "block_00003.safetensors"
     (folder / "block_00003.safetensors.partial").write_bytes(last.read_bytes()[:100])
     last.unlink()
     solved.groups, model = 0, make()
-    run(model, folder)
+    run(model, folder, config="fast")
     assert solved.groups == 4
     same(model, whole)
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", *[".safetensors"] * 4]
@@ -433,11 +433,11 @@ def test_a_failed_write_leaves_no_block_file(make, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_file", full)
         with pytest.raises(OSError, match="no space"):
-            run(make(), tmp_path / "journal")
+            run(make(), tmp_path / "journal", config="fast")
     assert [p.name for p in (tmp_path / "journal").iterdir()] == ["settings.json"]
     model, whole = make(), make()
-    run(model, tmp_path / "journal")
-    prune(whole, WINDOWS, progress=False)
+    run(model, tmp_path / "journal", config="fast")
+    prune(whole, WINDOWS, config="fast", progress=False)
     same(model, whole)
 
 

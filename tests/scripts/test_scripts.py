@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from helpers.byte_model import byte_tokenizer, save_folder
+from helpers.byte_model import byte_tokenizer, llama_config, save_folder
 from helpers.small_texts import load_script, run_script, write_texts
 from maiht_lightning import C4Calibration, MAIHTConfig, prune, prune_layer
 from maiht_lightning.cli import main as maiht
@@ -35,7 +35,7 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with its tokenizer."""
-    return save_folder(tmp_path_factory.mktemp("model") / "tiny")
+    return save_folder(tmp_path_factory.mktemp("model") / "tiny", llama_config(max_position_embeddings=512))
 
 
 @pytest.fixture
