@@ -2,8 +2,8 @@
 
     python scripts/render_docs.py
 
-In README.md and docs/results.md a table stands between `<!-- table NAME -->` and `<!-- end -->`; whatever is between is
-replaced. A table whose results are not there says so. Where the results come from is said beside each table.
+In each of `PAGES` a table stands between `<!-- table NAME -->` and `<!-- end -->`; whatever is between is replaced. A
+table whose results are not there says so. Where the results come from is said beside each table.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from maiht_lightning.reporting.formats import method_name, perplexity
 from maiht_lightning.reporting.summary import Summary
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/methods/index.md")
 RESULTS = ROOT / "docs" / "results"
 FIGURE = ROOT / "docs" / "results-perplexity.png"
 TASKS = {

@@ -2,7 +2,7 @@
 # Install what the tests need and run them: bash scripts/test.sh [options of pytest, such as -m "not slow"]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/install.sh '.[dev,gguf,eval,lora,lowmem,wandb]'
+source scripts/install.sh '.[dev,docs,gguf,eval,lora,lowmem,wandb]'
 # Linters and types are judged by the pinned versions: LINT=no leaves them out where others are installed.
 if [ "${LINT:-yes}" = yes ]; then
     .venv/bin/ruff check .

@@ -5,6 +5,7 @@ import ast
 import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -31,10 +32,18 @@ from maiht_lightning.distributed import Ranks
 from maiht_lightning.solvers import METHODS, LayerSolver, PruningSpec, parse_pattern
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md")
+# For those who change the package or read its files: what they name is code, not commands and figures.
+APART = {
+    "docs/architecture.md",
+    "docs/compact_format.md",
+    "docs/gpu.md",
+    "docs/reliability.md",
+    "docs/results/README.md",
+}
+SITE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ("README.md", *(page for page in SITE if page not in APART))
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 PACKAGE = ROOT / "src" / "maiht_lightning"
-# For those who change the package: what they name is code, not commands and figures.
 DEVELOPERS_PAGES = ("docs/architecture.md", "CONTRIBUTING.md")
 DEVELOPERS_TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in DEVELOPERS_PAGES}
 RESULTS = ROOT / "docs" / "results"
@@ -59,7 +68,7 @@ def command_lines():
                 words.pop(0)
             if words:
                 found.append(words)
-    return found
+    return list(map(list, dict.fromkeys(map(tuple, found))))
 
 
 COMMANDS = command_lines()
@@ -99,7 +108,10 @@ def test_every_command_is_one_that_its_program_takes(words, tmp_path, monkeypatc
     program, *arguments = words
     if program == "bash":
         assert (ROOT / arguments[0]).is_file()
-        return
+        if arguments[0] != "scripts/quickstart.sh" or not arguments[1:]:
+            return
+        # It hands its options to `maiht fit`.
+        program, arguments = "maiht", ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *arguments[1:]]
     if program == "cp":
         assert arguments[0].startswith("runs/")
         assert (ROOT / arguments[1]).parent.is_dir()
@@ -107,6 +119,11 @@ def test_every_command_is_one_that_its_program_takes(words, tmp_path, monkeypatc
     if program == "python":
         assert (ROOT / arguments[0]).is_file()
         parse_only(argparse.ArgumentParser, monkeypatch)
+        if arguments[0].startswith("docs/examples/"):
+            monkeypatch.setattr(sys, "argv", arguments)
+            with pytest.raises(Parsed):
+                runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+            return
         script = load_script(Path(arguments[0]).stem, monkeypatch)
         if arguments[0] == "scripts/render_docs.py":
             assert len(arguments) == 1
@@ -143,10 +160,18 @@ def test_every_command_is_one_that_its_program_takes(words, tmp_path, monkeypatc
     config = yaml.safe_load(capsys.readouterr().out)
     for name, value in pairwise(arguments):
         if name.startswith("--") and name != "--config":
-            found = config
-            for part in name[2:].split("."):
-                found = found[part]
-            assert str(found) == str(yaml.safe_load(value)), name
+            found = setting(config, name[2:])
+            if isinstance(found, dict):
+                assert found["class_path"].rpartition(".")[2] == value, name
+            else:
+                assert str(found) == str(yaml.safe_load(value)), name
+
+
+def setting(config, name):
+    """The value of a dotted name in a configuration, also where a class stands in between."""
+    for part in name.split("."):
+        config = config[part] if part in config else config["init_args"][part]
+    return config
 
 
 def test_a_misspelt_option_would_be_seen(tmp_path, monkeypatch, capsys):
@@ -191,11 +216,11 @@ def test_options_within_sentences_exist(settings_of_a_fit):
     options = inline_options()
     assert len(options) > 15
     for option in options:
-        found, missing = settings_of_a_fit, False
-        for part in option.split("."):
-            missing = missing or not isinstance(found, dict) or part not in found
-            found = None if missing else found[part]
-        assert option in known or not missing, option
+        if option not in known:
+            try:
+                setting(settings_of_a_fit, option)
+            except (KeyError, TypeError):
+                pytest.fail(f"there is no option --{option}")
 
 
 def test_extras_files_and_links_exist():
@@ -253,7 +278,7 @@ def test_files_that_developers_are_told_of_exist():
             if re.fullmatch(r"\.?[\w/-]+(\.(py|md|toml|sh|txt|json)|/)", span) and "NAME" not in span:
                 seen.add(span)
                 found = any((folder / span).exists() for folder in folders)
-                # Files of a run are described in the README.
+                # Files of a run are described in docs/reference/run-folder.md.
                 assert found or span in ("summary.json", "constraints.txt"), (page, span)
     assert len(seen) > 25
 
@@ -319,9 +344,28 @@ def test_the_package_alone_loads_nothing_heavy():
 
 
 def snippet(text):
-    """The README's only Python block that holds a text."""
+    """The only Python block that holds a text."""
+    assert text in SNIPPETS
     (found,) = [block for page, block in fenced("python") if text in block]
     return found
+
+
+# What the tests below know the Python blocks by.
+SNIPPETS = {
+    "import MAIHTPruning",
+    'output_dir="runs/mine"',
+    "sparse_finetune(trainer",
+    "my_metric",
+    "FrozenSparsity()",
+    "count_zeros",
+    "C4Calibration(samples=128)",
+    "prune_at=",
+}
+
+
+def test_every_python_block_is_run_by_a_test():
+    for page, block in fenced("python"):
+        assert any(key in block for key in SNIPPETS), (page, block)
 
 
 def half_zero(folder):
@@ -395,6 +439,14 @@ def test_the_readmes_callback_prunes_and_recovers(namespace):
 
 
 @pytest.mark.slow
+def test_the_guides_callback_prunes_into_its_folder(namespace):
+    from lightning.pytorch import Trainer
+
+    execute(snippet('output_dir="runs/mine"'), {**namespace, "Trainer": Trainer})
+    assert half_zero(Path("runs/mine/model"))
+
+
+@pytest.mark.slow
 def test_the_readmes_own_data_are_used(namespace):
     batches = [
         {"input_ids": torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(n))} for n in (1, 2)
@@ -453,7 +505,7 @@ def test_the_readmes_schedule_is_one():
 
 
 def test_the_readmes_yaml_is_a_configuration(tmp_path, capsys):
-    ((_, block),) = fenced("yaml")
+    (block,) = [block for _, block in fenced("yaml") if "program:" not in block]
     (tmp_path / "more.yaml").write_text(block)
     base = str(ROOT / "configs" / "smollm2_wikitext2.yaml")
     with pytest.raises(SystemExit):
@@ -462,18 +514,19 @@ def test_the_readmes_yaml_is_a_configuration(tmp_path, capsys):
     assert yaml.safe_load(block)["pruning"]["evaluation"].items() <= found.items()
 
 
-def test_every_public_name_stands_on_the_page_or_in_the_changelog():
-    text = TEXTS["README.md"] + (ROOT / "CHANGELOG.md").read_text()
+def test_every_public_name_stands_on_a_page_or_in_the_changelog():
+    text = "\n".join(TEXTS.values()) + (ROOT / "CHANGELOG.md").read_text()
     for name in maiht_lightning.__all__:
         # What is only returned needs no mention.
         assert re.search(rf"\b{name}\b", text) or name in ("LayerResult", "PruningReport", "Perplexity"), name
 
 
-# ---- The README's tables
+# ---- Tables
 
 
-def rows_after(heading, text=TEXTS["README.md"]):
-    """The cells of the Markdown table whose heading line begins so."""
+def rows_after(heading):
+    """The cells of the only Markdown table whose heading line begins so."""
+    (text,) = [text for text in TEXTS.values() if heading in text]
     lines = text[text.index(heading) :].splitlines()[2:]
     table = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
@@ -550,7 +603,7 @@ def test_the_table_of_files_is_a_runs_folder(folder, tmp_path, monkeypatch):
 
 def test_products_of_the_solver():
     """131 products with the Gram matrix at 50 + 30 iterations, and two more for the relative error."""
-    assert "50 + 30 iterations costs 131 products" in " ".join(TEXTS["README.md"].split())
+    assert "50 + 30 iterations costs 131 products" in " ".join(TEXTS["docs/methods/maiht.md"].split())
     weight, inputs = torch.randn(64, 32), torch.randn(80, 32)
     solver = LayerSolver(inputs.T @ inputs, PruningSpec.parse(config="paper"))
     with FlopCounterMode(display=False) as all_of_it:
@@ -565,7 +618,8 @@ def test_products_of_the_solver():
 
 
 def test_how_far_processes_help_with_a_block_of_llama_7b():
-    assert "so that a block of LLaMA-7B is solved at most 2.3 times as fast" in " ".join(TEXTS["README.md"].split())
+    page = " ".join(TEXTS["docs/guides/several-gpus.md"].split())
+    assert "so that a block of LLaMA-7B is solved at most 2.3 times as fast" in page
     hidden, inner = 4096, 11008
     groups = [3 * hidden**3, hidden**3, 2 * inner * hidden**2, hidden * inner**2]
     for processes in (4, 8):
@@ -773,7 +827,7 @@ def test_no_measured_figure_stands_outside_the_generated_tables():
     allowed = {"2.0", "2.3", "3.11"}  # the licence; processes, counted above; Python
     for page, text in TEXTS.items():
         prose = re.sub(r"<!-- table .*?<!-- end -->", "", strip_fences(text), flags=re.DOTALL)
-        prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", prose)
+        prose = re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+", "", prose)
         assert set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\.\d)", prose)) <= allowed, page
 
 

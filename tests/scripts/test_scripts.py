@@ -379,7 +379,7 @@ def test_the_papers_configuration(here, folder):
     assert measured_sparsity(count_zeros(model)) == 0.5
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["pruning"]["config"]["refine_iterations"] == 30
-    # As the README says of this file: a crash while pruning loses the fine-tuning.
+    # As the documentation says of this file: a crash while pruning loses the fine-tuning.
     assert not list(Path("run").rglob("*.ckpt"))
     assert not Path("run/model_dense").exists()
     assert not os.path.exists("lightning_logs")

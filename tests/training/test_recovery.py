@@ -202,7 +202,7 @@ SHIPPED = {
 @pytest.mark.timeout(1800)  # three processes, beside whatever else runs
 @pytest.mark.parametrize("name", SHIPPED)
 def test_killed_in_the_sparse_phase_and_resumed(name, tiny_folder, local_data, tmp_path, monkeypatch):
-    """The files as they are, with a small model, less text and fewer steps, from the command in the README."""
+    """The files as they are, with a small model, less text and fewer steps, from the command in the guide."""
     monkeypatch.chdir(tmp_path)
     less = {
         "model.name_or_path": tiny_folder,
