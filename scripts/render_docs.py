@@ -157,9 +157,9 @@ def rendered(text: str) -> str:
 
 
 def as_runs(found: dict[str, Any]) -> list[Run]:
-    """The results as the runs from which they were taken, as far as a figure needs them."""
+    """The results as the runs from which they were taken, as far as a figure needs them: without changed presets."""
     runs = []
-    for run in found["runs"]:
+    for run in (run for run in found["runs"] if "," not in run["method"]):
         stages = Stages({"dense": StageResult.from_json(found["dense"]), "pruned": StageResult(run["perplexity"])})
         summary = Summary(entry_name(run["method"]), run["sparsity"], run["pattern"], run["measured_sparsity"], stages)
         name = Path(f"{run['setting']}-{run['method']}-{run['seed']}")
