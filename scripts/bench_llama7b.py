@@ -68,7 +68,10 @@ def rate_of(phase: str, job: Job, device: Any) -> float:
     """Choose the rate of a phase's products, by the format of most of them."""
     if phase == "capture":
         return device.flops_bf16 if job.itemsize == 2 else device.flops_fp32
-    return device.flops_tf32 if job.settings.precision == "tf32" else device.flops_fp32
+    precision = job.spec.on("cpu" if device.is_host else "cuda").config.precision
+    if precision in ("fp16x3", "mixed"):
+        return device.flops_fp32 if device.is_host else device.flops_bf16
+    return device.flops_tf32 if precision == "tf32" else device.flops_fp32
 
 
 def main() -> None:
@@ -82,7 +85,7 @@ def main() -> None:
     parser.add_argument("--method", default="maiht")
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--refine-iterations", type=int, default=30)
-    parser.add_argument("--precision", choices=["float32", "tf32"], default="float32")
+    parser.add_argument("--precision", choices=["auto", "float32", "tf32", "fp16x3", "mixed"], default="auto")
     parser.add_argument("--offload", choices=["none", "cpu"], default="none")
     parser.add_argument("--output", type=Path, help="JSON file.")
     options = parser.parse_args()

@@ -55,7 +55,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "float64"])
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=["auto", "float32", "tf32", "float64", "fp16x3", "mixed"],
+        help="bare products are those of float32 also beside the ones from half precision",
+    )
     parser.add_argument("--iterations", type=int, default=50, help="mAIHT's thresholding iterations")
     parser.add_argument("--refine-iterations", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3, help="timings of each kind; the median counts")

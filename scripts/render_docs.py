@@ -48,7 +48,7 @@ def named(setting: str) -> str:
 def entry_name(entry: str) -> str:
     """Write a method with its preset, such as `maiht:best`, for a reader."""
     method, _, preset = entry.partition(":")
-    return ", ".join([method_name(method), *filter(None, [preset])])
+    return ", ".join([method_name(method), *filter(None, preset.replace("=", " ").split(","))])
 
 
 def methods(found: dict[str, Any]) -> str:
@@ -69,15 +69,16 @@ def methods(found: dict[str, Any]) -> str:
 
 
 def ratios(found: dict[str, Any]) -> str:
-    """A row a setting: the best of the published methods, and the presets' perplexities divided by its own."""
+    """A row a setting: the best of the published methods there are, and the presets' perplexities by its own."""
     value = {(run["setting"], run["method"]): run["perplexity"]["wikitext2"] for run in found["runs"]}
     entries = list(dict.fromkeys(run["method"] for run in found["runs"]))
-    ours = [entry for entry in entries if ":" in entry and entry != "maiht:paper"]
+    ours = ["maiht:balanced", "maiht:best"]
     rows = []
     for setting in dict.fromkeys(run["setting"] for run in found["runs"]):
-        published = {entry: value[setting, entry] for entry in entries if entry not in ours}
+        measured = {entry: value[setting, entry] for entry in entries if (setting, entry) in value}
+        published = {entry: found for entry, found in measured.items() if ":" not in entry or entry == "maiht:paper"}
         best = min(published, key=lambda entry: published[entry])
-        ratios = [f"{value[setting, entry] / published[best]:.3f}" for entry in ours]
+        ratios = [f"{measured[entry] / published[best]:.3f}" if entry in measured else "" for entry in ours]
         rows.append([named(setting), entry_name(best), perplexity(published[best]), *ratios])
     return table(["setting", "best of the published", "its perplexity", *map(entry_name, ours)], rows, 2)
 
@@ -156,9 +157,9 @@ def rendered(text: str) -> str:
 
 
 def as_runs(found: dict[str, Any]) -> list[Run]:
-    """The results as the runs from which they were taken, as far as a figure needs them."""
+    """The results as the runs from which they were taken, as far as a figure needs them: without changed presets."""
     runs = []
-    for run in found["runs"]:
+    for run in (run for run in found["runs"] if "," not in run["method"]):
         stages = Stages({"dense": StageResult.from_json(found["dense"]), "pruned": StageResult(run["perplexity"])})
         summary = Summary(entry_name(run["method"]), run["sparsity"], run["pattern"], run["measured_sparsity"], stages)
         name = Path(f"{run['setting']}-{run['method']}-{run['seed']}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.small_data import write_small_data
+
 # Before transformers and datasets are imported: no test talks to the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,13 +33,13 @@ def one_thread(request):
     torch.set_num_threads(threads)
 
 
+REAL_DATA = Path(os.environ.get("MAIHT_DATA_DIR") or ROOT.parent / "shared" / "data")
+
+
 @pytest.fixture(scope="session")
-def data_dir():
-    """The folder with local copies of the data sets."""
-    folder = Path(os.environ.get("MAIHT_DATA_DIR") or ROOT.parent / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"no data: MAIHT_DATA_DIR is unset and {folder} is not there")
-    return folder
+def data_dir(tmp_path_factory):
+    """A folder with local copies of the data sets: the real ones, or small ones in the same files and columns."""
+    return REAL_DATA if REAL_DATA.is_dir() else write_small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -45,6 +47,14 @@ def local_data(data_dir, monkeypatch):
     """`data_dir`, with MAIHT_DATA_DIR naming it during the test."""
     monkeypatch.setenv("MAIHT_DATA_DIR", str(data_dir))
     return data_dir
+
+
+@pytest.fixture
+def real_data(local_data):
+    """The same, for what is known of the real data sets alone."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no data: MAIHT_DATA_DIR is unset and {REAL_DATA} is not there")
+    return local_data
 
 
 @pytest.fixture

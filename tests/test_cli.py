@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from helpers.byte_model import byte_tokenizer, same_weights, save_folder
-from helpers.counts import floor_of
+from helpers.counts import assert_total_is
 from helpers.sharp_model import perplexity_by_definition
 from maiht_lightning import prune
 from maiht_lightning.cli import main
@@ -60,7 +60,7 @@ def zeros_of(path):
 @pytest.mark.slow
 def test_fit_prunes_and_fills_the_runs_folder(options, tmp_path, capsys):
     main(["fit", *options, "--output_dir", "out", "--pruning.sparsity", "0.6"])
-    assert all(zeros == floor_of(0.6, size) for zeros, size in zeros_of(tmp_path / "out" / "model"))
+    assert_total_is(0.6, zeros_of(tmp_path / "out" / "model"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary["stages"]) == ["dense", "pruned"]
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
@@ -92,7 +92,7 @@ def test_a_finished_run_is_left_alone_and_its_configuration_runs_again(options, 
     assert not (tmp_path / "out" / "resume.ckpt").exists()
 
     main([*command, "--fresh", "--pruning.sparsity", "0.6"])
-    assert all(zeros == floor_of(0.6, size) for zeros, size in zeros_of(tmp_path / "out" / "model"))
+    assert_total_is(0.6, zeros_of(tmp_path / "out" / "model"))
     (tmp_path / "out").rename(tmp_path / "other")
     (tmp_path / "out.1").rename(tmp_path / "out")
     main(["fit", "--config", "out/config.yaml"])

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from maiht_lightning.models import durable, saving
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.pruning import block_pruner
 from maiht_lightning.pruning.journal import Journal
+from maiht_lightning.reporting.figure_style import blank_figure, save_png
 from maiht_lightning.reporting.recorder import RunRecorder
 
 pytestmark = pytest.mark.slow
@@ -55,6 +58,12 @@ def fit(sharp_llama, monkeypatch):
     task = {"acc": 0.5}
     monkeypatch.setattr(evaluation, "zero_shot", lambda model, tokenizer, tasks, **_: dict.fromkeys(tasks, task))
     monkeypatch.setattr(Evaluation, "load", lambda self, *_: LoadedEvaluation(self, {"random": windows}, {"boolq": 0}))
+
+    # One small figure: to draw a run's takes longer than the run.
+    monkeypatch.setattr(
+        "maiht_lightning.reporting.recorder.draw_figures",
+        lambda figures, *_: {"relative_error": save_png(blank_figure(1, 1), figures / "relative_error.png")},
+    )
 
     def work(folder):
         module = OwnModule(sharp_llama(hidden_size=32, intermediate_size=64).train())
@@ -230,12 +239,11 @@ def disk(tmp_path):
 
 def fill(disk):
     """Leave no byte free."""
-    with (disk / "filler").open("wb") as file:
+    with (disk / "filler").open("wb", buffering=0) as file:
         for size in (65536, 1):
             while True:
                 try:
                     file.write(bytes(size))
-                    file.flush()
                 except OSError:
                     break
 
@@ -297,11 +305,19 @@ def test_a_disk_that_fails_is_named_and_once_mended_the_run_ends_the_same(
     assert (disk / "run" / "report.html").exists()
 
 
+FILLS = """
+import sys, torch
+from pathlib import Path
+from maiht_lightning.capture.hidden_states import HiddenStateStore
+
+with HiddenStateStore("disk", torch.device("cpu"), Path(sys.argv[1])) as store:
+    store.put(torch.ones(1000))
+    store.put(torch.ones(2_000_000))
+"""
+
+
 def test_hidden_states_on_a_full_disk_are_an_error_and_no_crash(disk):
     """Writing to a mapped file without room would end the process with SIGBUS."""
-    from maiht_lightning.capture.hidden_states import HiddenStateStore
-
-    with HiddenStateStore("disk", torch.device("cpu"), disk) as store:
-        store.put(torch.ones(1000))
-        with pytest.raises(OSError, match=r"batch_000001\.bin could not be written: .*No space left.*make room"):
-            store.put(torch.ones(2_000_000))
+    done = subprocess.run([sys.executable, "-c", FILLS, str(disk)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(r"OSError: .*batch_000001\.bin could not be written: .*No space left.*make room", done.stderr)

@@ -1,4 +1,4 @@
-"""The commands of `maiht` that need no Trainer: `evaluate`, `report`, `export` and `estimate`."""
+"""The commands of `maiht` that need no Trainer: `evaluate`, `report`, `export`, `push` and `estimate`."""
 
 import json
 import os
@@ -98,27 +98,51 @@ def export(args: list[str]) -> None:
     )
 
 
+def push(args: list[str]) -> None:
+    """Upload a run's model to the Hugging Face hub."""
+    from .reporting.hub import push as upload
+
+    parser = CommandParser(prog="maiht push", description="Upload a run's model, with its card, to the hub.")
+    parser.add_argument("run", type=str, help="The run's folder.")
+    parser.add_argument("repo_id", type=str, help="USER/NAME on the hub; made if there is none.")
+    parser.add_argument(
+        "--name",
+        type=str | None,
+        default=None,
+        help="model, model_finetuned, model_compact or model_dense (default: the newest of the first two).",
+    )
+    parser.add_argument("--private", type=bool, default=True, help="Whether a repository that is made is private.")
+    settings = parser.parse_args(args)
+    print(upload(Path(settings.run), settings.repo_id, name=settings.name, private=settings.private))
+
+
 def estimate(args: list[str]) -> None:
     """Predict memory and time of a run, print a table, and say what to change where it will not fit."""
     from .estimate.advice import advise
     from .estimate.devices import SHEETS, find_device
     from .estimate.plan import Job
     from .estimate.plan import estimate as predict
+    from .estimate.run_file import read_run_file
     from .estimate.shape import ModelShape
     from .estimate.table import phase_table
 
     parser = CommandParser(
         prog="maiht estimate", description="Predict memory and time of a run from a model's config; loads no weights."
     )
+    file = args[0] if args and not args[0].startswith("-") else None
     parser.add_argument(
-        "--model", type=str, required=True, help="Hub name, model folder, .gguf file, or path of a config.json."
+        "--model", type=str, required=file is None, help="Hub name, model folder, .gguf file, or path of a config.json."
     )
     parser.add_argument(
         "--gpu", type=str, default="local", help=f"One of {', '.join(SHEETS)}, or local: this machine, measured."
     )
     parser.add_class_arguments(Job)
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for the results.")
-    settings = parser.parse_args(args)
+    notes: list[str] = []
+    if file is not None:
+        model, found_job, notes = read_run_file(file)
+        parser.set_defaults(model=model, **found_job)
+    settings = parser.parse_args(args if file is None else args[1:])
     _check_output(settings.output)
     job = Job(**{name: parser.instantiate(settings)[name] for name in Job.__dataclass_fields__})
     if settings.gpu != "local":
@@ -132,6 +156,8 @@ def estimate(args: list[str]) -> None:
         content = {"model": settings.model, "device": asdict(device), "job": asdict(job), **asdict(found)}
         write_text(Path(settings.output), json.dumps({**content, "advice": advice}, indent=2) + "\n")
     Console().print(phase_table(found, f"{settings.model}: {shape.parameters / 1e9:.2f} B parameters on {device.name}"))
+    for note in notes if settings.train_steps == 0 else []:
+        print(f"Of {file}: {note}.")
     for sentence in advice or [f"All of it fits into the {device.memory / 2**30:.0f} GiB of {device.name}."]:
         print(sentence)
 
@@ -154,5 +180,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "report": report,
     "export": export,
+    "push": push,
     "estimate": estimate,
 }

@@ -154,7 +154,7 @@ def test_no_warning_about_the_length(tokenizer, monkeypatch, caplog):
 
 
 @pytest.mark.slow
-def test_wikitext2_is_the_exact_copy(local_data, no_hub, tokenizer):
+def test_wikitext2_is_the_exact_copy(real_data, no_hub, tokenizer):
     lines = load_texts("wikitext2", "validation")
     assert len(lines) == 3760
     windows = evaluation_windows("wikitext2", tokenizer, 64, max_windows=3)
@@ -450,7 +450,7 @@ def test_both_sources_can_be_named_in_a_configuration():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["wanda", "packed"])
-def test_real_c4(local_data, no_hub, tokenizer, sampling):
+def test_real_c4(real_data, no_hub, tokenizer, sampling):
     source = C4Calibration(128, 1024, sampling)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

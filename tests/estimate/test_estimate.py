@@ -42,8 +42,9 @@ LLAMA_7B = {
     "tie_word_embeddings": False,
 }
 
-# Counts by hand are those of the algorithm as it was published.
-published = partial(Job, config="paper")
+# Counts by hand are those of the algorithm as it was published, in float32.
+SINGLE = MAIHTConfig(precision="float32")
+published = partial(Job, config=SINGLE)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_operations_of_the_methods(llama, method, products, cubes):
 
 
 def test_operations_follow_the_iterations(llama):
-    flops = phases_of(llama, published(config=MAIHTConfig(iterations=7, refine_iterations=5)))["solve"].flops
+    flops = phases_of(llama, published(config=replace(SINGLE, iterations=7, refine_iterations=5)))["solve"].flops
     assert flops == pytest.approx(32 * (2 * 7 + 1 + 5 + 2) * PRODUCT, rel=1e-9)
 
 
@@ -172,7 +173,7 @@ def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch,
 def test_the_solvers_products_are_counted(llama):
     """Its own count and, beside the factorisations, three products for scaling back and the error."""
     for name in ("fast", "balanced"):
-        config = PRESETS[name]
+        config = replace(PRESETS[name], precision="float32")
         factorised = 2 * splitting.levels(config.iterations) * (3 * 4096**3 + 11008**3)
         corrected = ((3 * 4096**3 + 11008**3) / 3 + 2 * PRODUCT) if config.dense_targets else 0
         flops = phases_of(llama, Job(config=config))["solve"].flops
@@ -261,6 +262,46 @@ def test_minutes_of_llama_7b_on_an_a100(llama):
     assert single["solve"] == seconds["solve"]
 
 
+def test_seconds_of_products_from_halves(llama):
+    """Three of half precision for one of float32, or one while the support is sought; on a CPU as float32 ones."""
+    device = SHEETS["h100-80gb"]
+    for name, products in {"fp16x3": 3 * 133, "mixed": 100 + 3 * 33, "auto": 100 + 3 * 33}.items():
+        config = MAIHTConfig(precision=name)
+        phase = phases_of(llama, published(config=config), "h100-80gb")["solve"]
+        moved = 32 * LINEARS * count_solver(PruningSpec.parse(config=config.on("cuda"))).moved
+        assert phase.flops == pytest.approx(32 * products * PRODUCT, rel=1e-9)
+        assert phase.seconds == pytest.approx(phase.flops / device.flops_bf16 + moved / device.bandwidth, rel=1e-9)
+    host = replace(device, host_link=float("inf"))
+    (_, emulated, *_) = estimate(llama, published(config=config), host).phases
+    assert emulated.flops == pytest.approx(32 * 133 * PRODUCT, rel=1e-9)  # where `auto` is float32
+    (_, emulated, *_) = estimate(llama, published(config=MAIHTConfig(precision="mixed")), host).phases
+    assert emulated.seconds > emulated.flops / host.flops_fp32
+
+
+def test_factorisations_are_in_float32_whatever_the_products_are_in(llama):
+    device = SHEETS["a100-80gb"]
+    config = replace(PRESETS["balanced"], precision="tf32")
+    found = phases_of(llama, Job(config=config))["solve"]
+    factorised = 32 * (2 * splitting.levels(config.iterations) + 1 / 3) * (3 * 4096**3 + 11008**3) + 32 * 2 * PRODUCT
+    moved = 32 * LINEARS * count_solver(PruningSpec.parse(config=config)).moved
+    expected = factorised / device.flops_fp32 + (found.flops - factorised) / device.flops_tf32
+    assert found.seconds == pytest.approx(expected + moved / device.bandwidth, rel=1e-6)
+
+
+def test_bytes_of_products_from_halves():
+    """By hand, for a matrix (out, in): its rows' largest entries, a high and a low part, the sum scaled back."""
+    single, three, mixed = (
+        count_solver(PruningSpec.parse(config=MAIHTConfig(precision=name))).moved
+        for name in ("float32", "fp16x3", "mixed")
+    )
+    one_half = 4 + (4 + 2) + 8
+    # The high part is written twice, for which the matrix is read twice.
+    three_halves = one_half + (4 + 2) + (4 + 2 + 2)
+    # What is done for a row, for its power of two, is not nothing in the small layers that are counted.
+    assert three - single == pytest.approx(133 * three_halves, rel=0.1)
+    assert mixed - single == pytest.approx(100 * one_half + 33 * three_halves, rel=0.1)
+
+
 @pytest.mark.slow
 def test_memory_of_llama_7b(llama):
     """The largest terms by hand, in bytes: weights, gradients and 8-bit moments take 2 a weight each, and so on."""
@@ -276,8 +317,9 @@ def test_memory_of_llama_7b(llama):
     batch = 8 * 2048 * (2 * (4 * 11008 + 4096) + 4 * 11008)
     capture = 8 * grams + 4 * 1408 * 11008 + hidden + batch
     assert peaks["capture"] == pytest.approx(libraries + weights + capture, rel=0.01)
-    # Gram matrices in float32, one of them scaled, 11 matrices of the largest layer and the block's pruned weights.
-    solve = 4 * (grams + 11008**2) + 11 * 4 * largest + hidden
+    # Gram matrices in float32, one of them scaled, and once more with the ridge; 11 matrices of the largest layer and
+    # the block's pruned weights.
+    solve = 4 * (grams + 2 * 11008**2) + 11 * 4 * largest + hidden
     assert peaks["solve"] == pytest.approx(libraries + weights + solve + 2 * LINEARS, rel=0.01)
     assert peaks["evaluate"] == pytest.approx(libraries + weights + 2048 * (96e3 + 2 * 32000) + 2**28, rel=0.01)
     assert found.disk_bytes == 2 * (llama.parameters + llama.prunable)
@@ -288,12 +330,16 @@ def test_memory_of_llama_7b(llama):
     assert peaks["capture"] == pytest.approx(libraries + resident + capture, rel=0.01)
     assert peaks["solve"] == pytest.approx(libraries + resident + solve, rel=0.01)
     assert offloaded.host_bytes == pytest.approx(3 * GIB + weights, rel=1e-3)
-    budget = estimate(llama, published(config=MAIHTConfig(memory_budget=2**28)), SHEETS["a100-80gb"])
+    budget = estimate(llama, published(config=replace(SINGLE, memory_budget=2**28)), SHEETS["a100-80gb"])
     saved = 11 * 4 * largest - 2**28
     assert found.phases[2].device_bytes - budget.phases[1].device_bytes == pytest.approx(saved, rel=0.01)
     double = estimate(llama, published(config=MAIHTConfig(precision="float64")), SHEETS["a100-80gb"])
     more = double.phases[1].device_bytes - found.phases[2].device_bytes
-    assert more == pytest.approx(4 * (grams + 11008**2) + 11 * 4 * largest, rel=0.01)
+    assert more == pytest.approx(4 * (grams + 2 * 11008**2) + 11 * 4 * largest, rel=0.01)
+    # High and low parts of what the solver multiplies with, and the high ones once more: 6 bytes for 4.
+    halves = estimate(llama, published(config=MAIHTConfig(precision="mixed")), SHEETS["a100-80gb"])
+    more = halves.phases[1].device_bytes - found.phases[2].device_bytes
+    assert more == pytest.approx(2 * 11008**2, rel=1e-6)
 
 
 def test_what_does_not_fit_comes_with_advice(llama):

@@ -19,3 +19,9 @@ def check_zeros(zeros, pattern, sparsity):
     else:
         keep, group = map(int, pattern.split(":"))
         assert (zeros.reshape(out, -1, group).sum(2) == group - keep).all()
+
+
+def assert_total_is(sparsity, layers):
+    """See that layers, as (zeros, size), have together as many zeros as a uniform sparsity gives them."""
+    layers = list(layers)
+    assert sum(zeros for zeros, _ in layers) == sum(floor_of(sparsity, size) for _, size in layers)

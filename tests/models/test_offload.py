@@ -323,9 +323,9 @@ def test_by_itself_hidden_states_go_where_there_is_room(tiny_llama, monkeypatch,
     ((size, device, working),) = asked
     assert (size, device) == (6 * 32 * 64 * 4, torch.device("cpu"))
     # Beside them: float64 Gram matrices of the widths 64 and 128, with copies; 11 matrices of the largest layer and
-    # two Gram matrices in float32; and three blocks, of which the layers are nearly all.
+    # three of a Gram matrix's size in float32; and three blocks, of which the layers are nearly all.
     layers = 64 * (64 + 32 + 32 + 64 + 3 * 128)
-    solver = 4 * (11 * 64 * 128 + 2 * 128**2)
+    solver = 4 * (11 * 64 * 128 + 3 * 128**2)
     assert working == 2 * 8 * (64**2 + 128**2) + solver + 3 * 4 * (layers + 2 * 64)
 
 

@@ -18,7 +18,7 @@ from maiht_lightning.models.blocks import find_blocks, find_linears
 from maiht_lightning.pruning.journal import Journal, drop_weights, fingerprint, read_records
 from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.records import LayerRecord
-from maiht_lightning.solvers import MAIHTConfig
+from maiht_lightning.solvers import MAIHTConfig, PruningSpec
 
 # `maiht_lightning.prune` may hide its module's name.
 pruner = importlib.import_module("maiht_lightning.pruning.block_pruner")
@@ -158,6 +158,7 @@ def test_every_setting_of_the_solver_is_looked_at():
         ({"pattern": "2:4"}, {}),
         ({"method": "magnitude"}, {}),
         *(({"config": replace(BASE["config"], **{name: value})}, {}) for name, value in CONFIG.items()),
+        ({"config": MAIHTConfig(precision="mixed")}, {}),
         ({"config": replace(BASE["config"], **TOGETHER)}, {}),
         ({"windows": WINDOWS.flip(0)}, {}),
         ({"windows": WINDOWS.view(3, 16)}, {}),
@@ -191,6 +192,7 @@ def test_what_decides_the_result_makes_it_another_pruning(make, solved, tmp_path
         {"config": replace(BASE["config"], memory_budget=10**6)},
         {"config": "paper"},
         {"config": None},
+        {"config": MAIHTConfig(precision="float32")},  # what `auto` is on a CPU
         {"progress": True},
         {"batch_size": 2},
         {"hidden_states": "disk"},
@@ -208,6 +210,18 @@ def test_what_does_not_decide_it_resumes(make, solved, tmp_path, change):
     assert solved.groups == 4
     assert [path.name for path in tmp_path.iterdir()] == ["journal"]
     same(model, whole)
+
+
+def test_what_auto_was_stands_in_the_journal(make, tmp_path, monkeypatch):
+    """As on a device where it is another precision than on this one."""
+
+    def on(spec, device):
+        assert torch.device(device).type == "cpu"
+        return replace(spec, config=replace(spec.config, precision="fp16x3"))
+
+    monkeypatch.setattr(PruningSpec, "on", on)
+    run(make(num_hidden_layers=1), tmp_path / "journal", method="magnitude")
+    assert json.loads((tmp_path / "journal" / "settings.json").read_text())["config"]["precision"] == "fp16x3"
 
 
 def test_a_pattern_has_one_sparsity(make, solved, tmp_path):
@@ -234,12 +248,12 @@ def test_a_pruned_model_without_its_journal_is_another_model(make, solved, tmp_p
 def test_partial_files_are_ignored(make, solved, tmp_path):
     folder = tmp_path / "journal"
     whole = make()
-    run(whole, folder)
+    run(whole, folder, config="fast")
     last = folder / "block_00003.safetensors"
     (folder / "block_00003.safetensors.partial").write_bytes(last.read_bytes()[:100])
     last.unlink()
     solved.groups, model = 0, make()
-    run(model, folder)
+    run(model, folder, config="fast")
     assert solved.groups == 4
     same(model, whole)
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", *[".safetensors"] * 4]
@@ -419,11 +433,11 @@ def test_a_failed_write_leaves_no_block_file(make, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_file", full)
         with pytest.raises(OSError, match="no space"):
-            run(make(), tmp_path / "journal")
+            run(make(), tmp_path / "journal", config="fast")
     assert [p.name for p in (tmp_path / "journal").iterdir()] == ["settings.json"]
     model, whole = make(), make()
-    run(model, tmp_path / "journal")
-    prune(whole, WINDOWS, progress=False)
+    run(model, tmp_path / "journal", config="fast")
+    prune(whole, WINDOWS, config="fast", progress=False)
     same(model, whole)
 
 

@@ -122,7 +122,9 @@ def test_without_settings_it_is_mAIHT_at_half_the_weights(llama, windows):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.29), ("row", 0.37), ("2:4", 0.5)])
 def test_zeros_are_exact(llama, windows, method, pattern, sparsity):
-    report = prune(llama, windows, method=method, pattern=pattern, sparsity=sparsity, progress=False)
+    # Published methods, and mAIHT without an allocation, have so many in every layer.
+    config = "fast" if method == "maiht" else None
+    report = prune(llama, windows, method=method, pattern=pattern, sparsity=sparsity, config=config, progress=False)
     for linear in linears_of(llama):
         check_zeros(linear.weight == 0, pattern, sparsity)
     counts = count_zeros(llama)
@@ -174,8 +176,7 @@ def test_mode_dtype_gradients_and_parameters_are_kept(llama, windows, dtype):
     assert [module.training for module in llama.modules()] == modes
     assert {name: (id(p), p.requires_grad) for name, p in llama.named_parameters()} == parameters
     assert all(p.dtype == dtype and p.device.type == "cpu" for p in llama.parameters())
-    for linear in linears_of(llama):
-        assert (linear.weight == 0).sum() == linear.weight.numel() // 2
+    assert measured_sparsity(count_zeros(llama)) == 0.5
     llama(windows, labels=windows).loss.backward()
     assert llama.model.layers[0].mlp.down_proj.weight.grad.isfinite().all()
 
@@ -376,7 +377,7 @@ def test_experts_in_a_list_are_refused_before_anything_is_pruned(windows):
     torch.manual_seed(0)
     dense, routed = ModelOfExperts(False, False), ModelOfExperts(True, True)
     prune(dense, windows, progress=False)
-    assert all((linear.weight == 0).sum() == 32 for linear in linears_of(dense))
+    assert sum(int((linear.weight == 0).sum()) for linear in linears_of(dense)) == 32 * len(list(linears_of(dense)))
     before = state(routed)
     with pytest.raises(PruningError, match=r"blocks\.0 could not .* but experts\.0 ran on .* mixtures of experts"):
         prune(routed, windows, progress=False)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from maiht_lightning.data.windows import evaluation_windows
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.models.sparsity import count_zeros
+from maiht_lightning.solvers import resolve_config
 
 pytestmark = pytest.mark.slow
 BLOCKS = 2
@@ -24,12 +26,14 @@ def smollm2(smollm2_folder):
     return model
 
 
-def test_maiht_beats_wanda_beats_magnitude_in_every_layer(smollm2, tokenizer, local_data):
+def test_maiht_beats_wanda_beats_magnitude_in_every_layer(smollm2, tokenizer, real_data):
     windows = C4Calibration(samples=8, sampling="packed").windows(tokenizer, 256)
     reports = {}
-    for method in ("maiht", "wanda", "magnitude"):
+    # As many zeros in every layer, so that errors compare.
+    uniform = replace(resolve_config("balanced"), allocation="uniform")
+    for method, config in (("maiht", uniform), ("wanda", None), ("magnitude", None)):
         model = copy.deepcopy(smollm2)
-        reports[method] = prune(model, windows, method=method, batch_size=4, progress=False)
+        reports[method] = prune(model, windows, method=method, config=config, batch_size=4, progress=False)
         counts = count_zeros(model)
         assert len(counts) == 7 * BLOCKS
         assert all(count.zeros == count.size // 2 for count in counts)
@@ -43,7 +47,7 @@ def test_maiht_beats_wanda_beats_magnitude_in_every_layer(smollm2, tokenizer, lo
     assert mean["wanda"] < mean["magnitude"]
 
 
-def test_dense_perplexity_on_wikitext2(smollm2_folder, tokenizer, local_data):
+def test_dense_perplexity_on_wikitext2(smollm2_folder, tokenizer, real_data):
     """The whole model, against the losses that transformers itself computes, window by window."""
     model = load_model(str(smollm2_folder)).eval()
     windows = evaluation_windows("wikitext2", tokenizer, 512, max_windows=3)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.byte_model import byte_tokenizer, save_folder
 from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
 from maiht_lightning import MAIHTPruning, load_compact
+from maiht_lightning.cli import main
 from maiht_lightning.evaluation.evaluation import Evaluation
 from maiht_lightning.records import StageResult, Stages
 from maiht_lightning.reporting.hub import find_model, push
@@ -184,6 +185,59 @@ def test_a_card_that_cannot_be_written_costs_nothing(tiny_llama, tmp_path, monke
     found = Summary.read(tmp_path / "run")
     assert [each["phase"] for each in found.failures] == ["model card"]
     assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def finished(tmp_path, monkeypatch, hub, **settings):
+    """A run by the callback that pushes its model to a stand-in of the hub; what it came to."""
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **_: hub)
+    monkeypatch.setattr("maiht_lightning.reporting.recorder.draw_figures", lambda *_: {})
+    torch.manual_seed(0)
+    save_folder(tmp_path / "base")
+    module = OwnModule(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    module.tokenizer = byte_tokenizer()
+    settings = {"config": "paper", "calibration": Windows(), "evaluation": Evaluation(perplexity=[]), **settings}
+    trainer(MAIHTPruning(output_dir=tmp_path / "run", push_to_hub="user/pruned", **settings), max_epochs=2).fit(module)
+    return Summary.read(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("prune_at", "name"), [("end", "model"), ("epoch:1", "model_finetuned")])
+def test_a_run_pushes_what_it_ends_with_once(tmp_path, monkeypatch, prune_at, name):
+    hub = Hub(tmp_path)
+    found = finished(tmp_path, monkeypatch, hub, prune_at=prune_at)
+    assert not found.failures
+    assert hub.calls == [("user/pruned", True, True)]
+    pushed = tmp_path / "user" / "pruned" / "model.safetensors"
+    assert pushed.read_bytes() == (tmp_path / "run" / name / "model.safetensors").read_bytes()
+
+
+def test_a_hub_that_refuses_costs_no_run(tmp_path, monkeypatch):
+    hub = Hub(tmp_path)
+    hub.upload_folder = lambda **_: 1 / 0
+    found = finished(tmp_path, monkeypatch, hub)
+    assert [each["phase"] for each in found.failures] == ["push to hub"]
+    assert "hf auth login" in found.failures[0]["message"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["pruned", "a/b/c", "", 7, "user/a b"])
+def test_a_repository_of_another_form_is_refused_at_once(name):
+    with pytest.raises(ValueError, match="push_to_hub must be a repository such as USER/NAME, but found"):
+        MAIHTPruning(push_to_hub=name)
+
+
+@pytest.mark.slow
+def test_the_command_pushes(run, tmp_path, monkeypatch, capsys):
+    hub = Hub(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **_: hub)
+    main(["push", str(run), "user/small", "--name", "model_compact", "--private", "false"])
+    assert "https://hub/user/small/commit/1" in capsys.readouterr().out
+    assert hub.calls == [("user/small", False, True)]
+    assert list((tmp_path / "user" / "small").glob("*.json"))
+    hub.create_repo = lambda *_, **__: 1 / 0
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", str(run), "user/small"])
+    assert stopped.value.code == 2
+    assert "hf auth login" in capsys.readouterr().err
 
 
 def test_only_a_runs_models_are_found(tmp_path):

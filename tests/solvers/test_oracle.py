@@ -23,15 +23,16 @@ CASES = {
 OVERSHOT = ("layers.12.self_attn.v_proj", "maiht_70")
 
 
+FOLDER = Path(os.environ.get("MAIHT_ORACLE_DIR") or Path(__file__).parents[3] / "shared" / "oracle")
+if not FOLDER.is_dir():
+    pytest.skip(f"no reference solutions: MAIHT_ORACLE_DIR is unset and {FOLDER} is not there", allow_module_level=True)
+
+
 @pytest.fixture(scope="module")
 def oracle():
-    folder = Path(os.environ.get("MAIHT_ORACLE_DIR") or Path(__file__).parents[3] / "shared" / "oracle")
-    if not folder.is_dir():
-        pytest.skip(f"no reference solutions: MAIHT_ORACLE_DIR is unset and {folder} is not there")
-
     @cache
     def load(layer):
-        return load_file(folder / f"{layer}.safetensors")
+        return load_file(FOLDER / f"{layer}.safetensors")
 
     return load
 
@@ -96,5 +97,5 @@ def nonzero_before_top_k(weight, scaled, pattern):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maiht, "HardThresholding", Spy)
         config = resolve_config("paper")
-        maiht.solve(weight, scaled, step_size(scaled, config), pattern, config)
+        maiht.solve(weight, scaled, maiht.prepare(scaled, config), pattern, config)
     return seen[0]

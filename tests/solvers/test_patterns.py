@@ -7,8 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers.counts import check_zeros, floor_of
-from maiht_lightning.solvers import parse_pattern, prune_layer
+from maiht_lightning.solvers import parse_pattern, patterns, prune_layer
 from maiht_lightning.solvers.patterns import (
+    _kth_largest_by_sample,
     count,
     hard_threshold_,
     keep_largest,
@@ -129,6 +130,43 @@ def test_kth_largest(score, data, dtype):
     k = torch.tensor(data.draw(st.lists(st.integers(1, columns), min_size=rows, max_size=rows)))[:, None]
     expected = score.sort(dim=1, descending=True).values.gather(1, k - 1)
     assert torch.equal(kth_largest(score, k), expected)
+
+
+def long_rows():
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(20_000, generator=generator)
+    return {
+        "normal": normal,
+        "sizes": normal.abs(),
+        "half of them zeros": normal.clamp_min(0),
+        "few values": (3 * normal).round(),
+        "one value": torch.zeros(20_000),
+        "sorted, so that the sample is even": normal.sort().values,
+        "the sample misses it": torch.where(torch.arange(20_000) % 27 == 0, 10 + normal, normal),
+        "some do not count": torch.where(normal > 1, -torch.inf, normal),
+        "uneven": (8 * normal).exp(),
+    }
+
+
+@pytest.mark.parametrize("kind", long_rows())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_kth_largest_of_a_long_row_is_found_from_a_sample(kind, dtype):
+    """Whether the sample was a good one or not."""
+    row = long_rows()[kind].to(dtype)
+    expected = row.sort(descending=True).values
+    for k in (1, 2, 90, 7_000, 10_000, 13_333, 19_998, 20_000):
+        assert torch.equal(kth_largest(row[None], torch.tensor([[k]])), expected[k - 1].view(1, 1))
+
+
+def test_a_sample_saves_the_bisection(monkeypatch):
+    """For most rows; where it has misled, bisection finds the entry all the same."""
+    rows = long_rows()
+    assert all(_kth_largest_by_sample(rows[kind], 10_000) is not None for kind in ("normal", "few values", "one value"))
+    assert _kth_largest_by_sample(rows["the sample misses it"], 10_000) is None
+    passes = []
+    monkeypatch.setattr(patterns, "count", lambda mask: passes.append(mask.shape) or mask.sum(1, keepdim=True))
+    kth_largest(rows["normal"][None], torch.tensor([[10_000]]))
+    assert len(passes) == 2
 
 
 def test_counts_beyond_float32_are_exact():

@@ -155,7 +155,9 @@ def test_autocast_changes_nothing(method):
 def matmul_settings():
     new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    return torch.get_float32_matmul_precision(), [b.fp32_precision for b in backends if new]
+    names = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
+    halves = [getattr(backends[0], name, None) for name in names]
+    return torch.get_float32_matmul_precision(), [b.fp32_precision for b in backends if new], halves
 
 
 @pytest.mark.parametrize("outside", ["highest", "high", "medium"])
@@ -330,7 +332,7 @@ PAPER = {
     "iterations": 50,
     "refine_iterations": 30,
     "step_scale": 0.95,
-    "precision": "float32",
+    "precision": "auto",
     "tolerance": 0.0,
     "memory_budget": None,
     "keep_zeros": False,

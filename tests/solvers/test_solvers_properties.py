@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers.problems import FLOAT64, make_problem
 from maiht_lightning.solvers import MAIHTConfig, parse_pattern, prune_layer
-from maiht_lightning.solvers.maiht import HardThresholding, initial_penalty, step_size
+from maiht_lightning.solvers.maiht import HardThresholding, initial_penalty, prepare, step_size
 from maiht_lightning.solvers.problem import largest_eigenvalue, scale_gram, scale_weight
 
 ITERATIVE = ("maiht", "aiht", "iht")
@@ -32,9 +32,8 @@ class Fixed:
         target, _ = scale_weight(weight, scaled.norms)
         self.pattern = parse_pattern(name, sparsity)
         self.step = step_size(scaled, MAIHTConfig(mu=mu))
-        self.iteration = HardThresholding(
-            target, scaled.correlation, mu=mu, step_size=self.step, pattern=self.pattern, **candidates
-        )
+        products = prepare(scaled, MAIHTConfig(mu=mu)).products
+        self.iteration = HardThresholding(target, products, step_size=self.step, pattern=self.pattern, **candidates)
         self.target = target.double()
         self.a = scaled.correlation.double() + mu * torch.eye(len(gram), dtype=torch.float64)
         # As large as late in a real run, so that the first step prunes a good part.

@@ -47,10 +47,20 @@ def test_a_speed_that_is_asked_for_is_looked_at(bench, monkeypatch):
         bench.parse_arguments()
 
 
+# One skip where there is no device, and not one a case.
+ON_A_GPU = (
+    [
+        (shape, precision, most)
+        for shape in ((4096, 4096), (11008, 4096), (4096, 11008))
+        for precision, most in (("float32", 1.15), ("tf32", 1.5))
+    ]
+    if torch.cuda.is_available()
+    else [pytest.param((1, 1), "float32", 1.0, marks=pytest.mark.skip("no CUDA device"))]
+)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("precision", "most"), [("float32", 1.15), ("tf32", 1.5)])
-@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (4096, 11008)])
+@pytest.mark.parametrize(("shape", "precision", "most"), ON_A_GPU)
 def test_little_beside_the_products_on_a_gpu(shape, precision, most):
     """LLaMA-7B's layers: 130 products with the Gram matrix and hardly more."""
     generator = torch.Generator("cuda").manual_seed(0)

@@ -20,6 +20,7 @@ from ..interrupts import interrupts
 from ..models.offload import is_sharded
 from ..pruning.pruner import check_windows, has_zeros
 from ..records import LayerRecord, PruningReport
+from ..reporting.hub import check_repo_id
 from ..reporting.summary import Summary
 from ..solvers import MAIHTConfig, PruningSpec
 from ..validation import check_at_least
@@ -98,6 +99,8 @@ class MAIHTPruning(Callback):
             first of these with room for them.
         save_dense: Also save the model as it was just before the pruning, as `model_dense/`: a teacher to distil from.
         keep_journal: Keep the journal's weights, as large as the model's, when the pruned model is saved and measured.
+        push_to_hub: A repository `USER/NAME` on the Hugging Face hub, private if it is made, to which the model that
+            the run ends with is uploaded, with its card. An upload that fails costs nothing: `maiht push` repeats it.
         output_dir: The run's folder. None: a fresh one in `runs/` under the Trainer's `default_root_dir`.
 
     Raises:
@@ -130,6 +133,7 @@ class MAIHTPruning(Callback):
         hidden_states: Storage = "auto",
         save_dense: bool = False,
         keep_journal: bool = False,
+        push_to_hub: str | None = None,
         output_dir: str | None = None,
     ) -> None:
         self.schedule = parse_schedule(prune_at, PruningSpec.parse(sparsity, pattern, method, config))
@@ -139,6 +143,7 @@ class MAIHTPruning(Callback):
         self.evaluation = evaluation
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.compact, self.save_dense, self.keep_journal = compact, save_dense, keep_journal
+        self.push_to_hub = None if push_to_hub is None else check_repo_id(push_to_hub)
         if offload not in ("none", "cpu", "disk"):
             raise ValueError(f"offload must be none, cpu or disk, but found {offload!r}")
         check_storage(hidden_states)
@@ -334,7 +339,9 @@ class MAIHTPruning(Callback):
             rank_zero_warn(f"the fit ended before {step.name}: the model is pruned now")
         self.prune_and_record(trainer, pl_module)
         self._restore_model(trainer, pl_module)
-        if self.expects_finetune:
+        if not self.expects_finetune:
+            self.run.publish()
+        else:
             save_point(trainer, self.run.recorder.folder)
         self.run.drop_journals()
 

@@ -27,6 +27,7 @@ from ..models.sparsity import count_zeros, measured_sparsity
 from ..pruning.journal import drop_weights
 from ..pruning.pruner import check_weights, check_windows, prune_model
 from ..records import LayerRecord, PruningReport, StageResult
+from ..reporting.hub import push
 from ..reporting.recorder import RunRecorder
 from ..reporting.summary import Summary, fresh_run_folder
 from ..solvers import PruningSpec
@@ -57,6 +58,7 @@ class PruningRun:
         hidden_states: Where the hidden states of the windows are kept; see `prune`.
         offload: `cpu` keeps the model in host memory while it is at work; `disk` leaves its blocks in files.
         keep_journal: Whether the journal's weights stay when the pruned model is saved.
+        push_to_hub: Repository on the hub for what the run ends with; None for none.
         forward_context: Opens the context in which the model runs, such as autocast.
         progress: Show progress bars; otherwise a line for each block and for each measurement.
     """
@@ -72,6 +74,7 @@ class PruningRun:
     hidden_states: Storage = "auto"
     offload: Literal["none", "cpu", "disk"] = "none"
     keep_journal: bool = False
+    push_to_hub: str | None = None
     forward_context: Callable[[], AbstractContextManager[None]] = nullcontext
     progress: bool = True
 
@@ -149,6 +152,13 @@ class PruningRun:
         self.recorder.summary.measured_sparsity = measured_sparsity(count_zeros(self.model))
         self.measure("finetuned")
         self.recorder.finish_finetuning([] if report is None else report.layers)
+        self.publish()
+
+    def publish(self) -> None:
+        """Upload the newest model to the hub, where that was asked for; what fails is recorded, and costs nothing."""
+        if self.push_to_hub is not None and self.recorder.is_main:
+            with self.recorder.guarded("push to hub"):
+                rank_zero_info(f"Pushed: {push(self.recorder.folder, self.push_to_hub)}")
 
     def save(self, name: str) -> None:
         """Save the model in the run's folder, unless an earlier process of the run has done so."""
@@ -256,6 +266,7 @@ def prepare_run(
         hidden_states=pruning.hidden_states,
         offload=pruning.offload,
         keep_journal=pruning.keep_journal,
+        push_to_hub=pruning.push_to_hub,
         forward_context=trainer.precision_plugin.forward_context,
         # Where the Trainer has no bar, as it was told or because nobody looks at a terminal, there is none at all.
         progress=trainer.progress_bar_callback is not None,

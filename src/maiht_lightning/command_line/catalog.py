@@ -106,6 +106,7 @@ COMMANDS: dict[str, Command] = {
         "model's config is read.",
         f"maiht estimate --model {MODEL} --gpu a100-80gb --train_steps 1000",
         (
+            Setting("FILE", "", "", "first: a run's configuration, with all of these"),
             Setting("--model", "MODEL", "", "hub name, folder, .gguf file or config.json"),
             Setting("--gpu", "NAME", "local", "such as a100-80gb, rtx4090; local is measured"),
             Setting("--train_steps", "N", "0", "training passes; 0 for a run that only prunes"),
@@ -200,6 +201,18 @@ COMMANDS: dict[str, Command] = {
             Setting("--output", "FOLDER", "", "new folder for the files"),
             _DTYPE,
         ),
+    ),
+    "push": Command(
+        "A run's model to the Hugging Face hub, with its card",
+        "Upload the model that a run has ended with to the Hugging Face hub, with its card: what was pruned, how, and "
+        "what was measured.",
+        "maiht push runs/NAME USER/NAME",
+        (
+            Setting("RUN USER/NAME", "", "", "the run's folder, and the repository"),
+            Setting("--name", "FOLDER", "", "model_compact for small files; default: the newest"),
+            Setting("--private", "BOOL", "true", "whether a repository that is made is private"),
+        ),
+        more="The token is that of `hf auth login`, or HF_TOKEN.",
     ),
     "validate": Command(
         "Loss and perplexity on the validation windows of a DataModule",

@@ -15,6 +15,7 @@ from torch import nn
 from ..capture.grams import slice_rows
 from ..solvers import MAIHTConfig, PruningSpec, splitting
 from ..solvers.config import HELD_OUT
+from ..solvers.precision import bytes_per_entry, search_form
 from ..solvers.slices import solver_bytes
 from ..validation import check_at_least
 from .devices import GIB, Device, find_device
@@ -324,36 +325,46 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
 
 
 def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
-    counts = count_solver(job.spec)
+    spec = job.spec.on("cpu" if device.is_host else "cuda")
+    counts, config = count_solver(spec), spec.config
     flops = shape.blocks * sum(counts.products * layer.outputs * layer.inputs**2 for layer in shape.layers)
+    # TF32 does not reach factorisations and what is solved with them.
+    solved = 0.0
     if job.method in ("sparsegpt", "admm"):
         # Both factorise and invert the Gram matrix (in, in).
-        flops += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
+        solved += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
     if job.spec.method == "maiht" and job.settings.candidates == "preconditioned":
-        flops += shape.blocks * sum(2.0 * splitting.levels(job.settings.iterations) * n**3 for n in shape.grams)
+        solved += shape.blocks * sum(2.0 * splitting.levels(job.settings.iterations) * n**3 for n in shape.grams)
     if job.settings.dense_targets:
         # A factorisation for each input, a product and two triangular solutions for each layer.
-        flops += shape.blocks * sum(n**3 / 3 for n in shape.grams)
-        flops += shape.blocks * sum(4.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
+        solved += shape.blocks * sum(n**3 / 3 for n in shape.grams)
+        solved += shape.blocks * sum(4.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
     if job.method == "sparsegpt":
         # SparseGPT also updates the columns in later blocks of columns. `count_solver` does not see it, as its small
         # layers have one block.
         flops += shape.blocks * sum(1.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
     moved = shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
-    rates = {"float32": device.flops_fp32, "tf32": device.flops_tf32, "float64": device.flops_fp32 / 2}
-    seconds = flops / rates[job.settings.precision] + moved / device.bandwidth
-    config = job.settings
+    full_rate = device.flops_fp32 / (2 if config.precision == "float64" else 1)
+    rate = device.flops_tf32 if config.precision == "tf32" else full_rate
+    # A CPU multiplies halves as float32 numbers.
+    half_rate = device.flops_fp32 if device.is_host else device.flops_bf16
+    halves = shape.blocks * sum(counts.halves * layer.outputs * layer.inputs**2 for layer in shape.layers)
+    seconds = flops / rate + solved / full_rate + halves / half_rate + moved / device.bandwidth
     state = max(solver_bytes((la.outputs, la.inputs), config.dtype, config.memory_budget) for la in shape.layers)
     # A block's Gram matrices (in, in), and the one at work once more, scaled; or one group's, with what is made of it.
+    # Beside it there is what products with it need.
     widest = max(shape.grams)
     grams = float(config.dtype.itemsize * (sum(n * n for n in shape.grams) + widest**2))
     if config.sublayers:
         grams = config.dtype.itemsize * (4 if config.dense_targets else 2) * widest**2 + _block_bytes(shape, job)
+    if job.method in ("maiht", "aiht", "iht"):
+        grams += bytes_per_entry(config.precision) * widest**2
     if job.method == "maiht" and config.candidates == "preconditioned":
-        grams += config.dtype.itemsize * (2 + splitting.levels(config.iterations)) * widest**2
+        inverse = 2 if search_form(config.precision) == "fp16" else bytes_per_entry(config.precision)
+        grams += (config.dtype.itemsize + inverse * splitting.levels(config.iterations)) * widest**2
     results = job.itemsize * sum(layer.weights for layer in shape.layers) if job.offload == "none" else 0
     memory = device.baseline_bytes + _resident(shape, job) + grams + state + results
-    return Phase("solve", flops, seconds, memory + _streams(job) * _hidden(shape, job))
+    return Phase("solve", flops + solved + halves, seconds, memory + _streams(job) * _hidden(shape, job))
 
 
 def _reconstruct(shape: ModelShape, job: Job, device: Device) -> Phase:

@@ -43,6 +43,7 @@ from ..models.offload import (
 )
 from ..records import LayerRecord, PruningReport
 from ..solvers import MAIHTConfig, Pattern, PruningSpec
+from ..solvers.precision import bytes_per_entry
 from ..solvers.slices import solver_bytes
 from ..validation import check_fits
 from .allocation import allocate, layer_sizes
@@ -162,6 +163,7 @@ def prune_model(
         raise ValueError(f"batch_size must be a whole number of windows, at least 1, but found {batch_size!r}")
     blocks, ranks = find_blocks(model), Ranks(process_group)
     device = execution_device(model, device)
+    spec = spec.on(device)
     check_weights(model, blocks, spec, on_disk_allowed=journal_dir is not None)
     check_windows(windows, model)
     batches = _share_of_batches(windows, batch_size, ranks)
@@ -263,7 +265,8 @@ def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: Bl
     config, item = spec.config, spec.config.dtype.itemsize
     # Each distinct input has a Gram matrix (in, in), a sum in float64 that is then copied.
     grams = 2 * sum({inputs: 8 * inputs**2 for _, inputs in shapes}.values())
-    solver = max(solver_bytes(s, config.dtype, config.memory_budget) + 2 * item * s[1] ** 2 for s in shapes)
+    matrices = 2 * item + bytes_per_entry(config.precision)
+    solver = max(solver_bytes(s, config.dtype, config.memory_budget) + matrices * s[1] ** 2 for s in shapes)
     # Three blocks may be on the device: the one at work, the one before it and the one that is read meanwhile.
     working = grams + solver + 3 * loader.block_bytes()
     streams = 2 if config.has_dense_stream or config.allocation not in ("uniform", "depth") else 1

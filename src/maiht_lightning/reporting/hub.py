@@ -1,10 +1,22 @@
 """A run's saved model on the Hugging Face hub."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from .model_card import COMPACT, STAGE_OF
 from .summary import Summary
+
+
+def check_repo_id(repo_id: str) -> str:
+    """Return a repository's name as the hub takes it.
+
+    Raises:
+        ValueError: It is no `USER/NAME`.
+    """
+    if not isinstance(repo_id, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"push_to_hub must be a repository such as USER/NAME, but found {repo_id!r}")
+    return repo_id
 
 
 def find_model(run: Path, name: str | None = None) -> Path:
@@ -38,16 +50,23 @@ def push(run: Path, repo_id: str, *, name: str | None = None, private: bool = Tr
         The address of the commit.
 
     Raises:
-        ValueError, OSError: There is no such model; nothing is sent.
-        huggingface_hub.errors.HfHubHTTPError: The hub refuses.
+        ValueError: There is no such model, or `repo_id` is no repository's name; nothing is sent.
+        OSError: The hub refuses or cannot be reached.
     """
+    check_repo_id(repo_id)
     folder = find_model(run, name)
     if api is None:
         from huggingface_hub import HfApi
 
         api = HfApi(library_name="maiht-lightning")
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    sent = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message=f"{folder.name} of {run.name}, by maiht-lightning"
-    )
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        message = f"{folder.name} of {run.name}, by maiht-lightning"
+        sent = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+    except Exception as error:
+        # Of the hub, of its client, of the network below it.
+        raise OSError(
+            f"{folder} could not be pushed to {repo_id}: {error}. Is there a token for it (hf auth login, "
+            f"or HF_TOKEN)? `maiht push {run} {repo_id}` tries again"
+        ) from error
     return str(getattr(sent, "commit_url", sent))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .config import MAIHTConfig
 from .patterns import Pattern
+from .precision import Multiplier, final_form
 from .problem import ScaledGram, scale_weight, shifted_cholesky, unscale_weight
 from .solution import Solution
 
@@ -36,12 +37,12 @@ class Prepared(NamedTuple):
     """What ADMM computes once per Gram matrix.
 
     Args:
-        damped: A = C + damping · I (in, in).
-        inverse: (A + ρI)⁻¹ (in, in).
+        damped: Products with A = C + damping · I (in, in).
+        inverse: Products with (A + ρI)⁻¹ (in, in).
     """
 
-    damped: Tensor
-    inverse: Tensor
+    damped: Multiplier
+    inverse: Multiplier
 
 
 def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
@@ -55,7 +56,8 @@ def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
     lower = shifted_cholesky(
         damped, RHO, who="ADMM", tried=f"damping {DAMPING} and ρ = {RHO}", advice="check that gram is XᵀX"
     )
-    return Prepared(damped, torch.cholesky_inverse(lower))
+    form = final_form(config.precision)
+    return Prepared(Multiplier(damped, form), Multiplier(torch.cholesky_inverse(lower), form))
 
 
 def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern, config: MAIHTConfig) -> Solution:
@@ -66,7 +68,7 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
         gram: The scaled Gram matrix of the layer's inputs.
         prepared: From `prepare`.
         pattern: What to prune and how much.
-        config: `keep_zeros` alone; other settings are the paper's.
+        config: `keep_zeros`, and the precision that the Gram matrix was prepared for; other settings are the paper's.
 
     Returns:
         The pruned weight in `gram`'s dtype; a kept weight of a dead feature stays what it was. There is no objective,
@@ -74,7 +76,7 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
     """
     target, exponent = scale_weight(weight, gram.norms)
     size = weight.abs().to(target.dtype)  # |W0| (out, in)
-    pull = target @ prepared.damped  # B A (out, in)
+    pull = prepared.damped(target)  # B A (out, in)
     current, dual = target.clone(), torch.zeros_like(target)  # S and U (out, in)
     mask = torch.ones_like(target, dtype=torch.bool)
     for step in range(STEPS):
@@ -93,7 +95,7 @@ def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern
                     mask = Pattern("unstructured", growing).mask(score, size)
         sparse = proposal * mask  # Z (out, in)
         dual = proposal - sparse
-        current = (pull + RHO * (sparse - dual)) @ prepared.inverse
+        current = prepared.inverse(pull + RHO * (sparse - dual))
     if config.keep_zeros:
         mask &= size != 0
     result = unscale_weight((current + dual) * mask, exponent, gram.norms)

@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..validation import did_you_mean
+from .precision import Precision, resolve_precision
 
-Precision = Literal["float32", "float64", "tf32"]
 Candidates = Literal["gradient", "preconditioned"]
 Allocation = Literal["uniform", "depth", "owl", "error"]
 
@@ -31,9 +31,13 @@ class MAIHTConfig:
         iterations: Thresholding iterations t1.
         refine_iterations: Gradient steps t2 on the support found.
         step_scale: Step size as a fraction of 1 / λmax, above 0 and below 1.
-        precision: Floating-point format in which the layer's problem is solved. `tf32` is float32 whose products
-            round their inputs to TF32 on CUDA devices that have it (Ampere and later): faster and less accurate;
-            elsewhere it is float32.
+        precision: Floating-point format in which the layer's problem is solved. `float64`, `float32`; or float32
+            with other products with the Gram matrix. `fp16x3`: three of half precision, as accurate as one of float32
+            and on GPUs several times as fast. `mixed`: one of half precision, with the power of two that each row
+            needs, while a support is sought, and `fp16x3` for the weights on it and the errors reported. `tf32`:
+            inputs rounded to TF32 on CUDA devices that have it (Ampere and later), and float32 elsewhere. `auto`:
+            `mixed` on CUDA devices, `float32` elsewhere. On a CPU the half-precision ones are emulated, to the same
+            accuracy and slower.
         tolerance: Stop early when over five iterations the objective has changed by no more than this fraction, and no
             more than this fraction of the support; likewise for the refining. 0, as in the paper, means never.
         memory_budget: Bytes on the weight's device that the solver may take beside the Gram matrix; None for as many
@@ -65,7 +69,7 @@ class MAIHTConfig:
     iterations: int = 50
     refine_iterations: int = 30
     step_scale: float = 0.95
-    precision: Precision = "float32"
+    precision: Precision = "auto"
     tolerance: float = 0.0
     memory_budget: int | None = None
     keep_zeros: bool = False
@@ -116,7 +120,7 @@ class MAIHTConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch dtype of `precision`; float32 for `tf32`."""
+        """The torch dtype of weights and sums; float32 for all of `precision` but `float64`."""
         return torch.float64 if self.precision == "float64" else torch.float32
 
     @property
@@ -124,14 +128,22 @@ class MAIHTConfig:
         """Whether the dense model's hidden states are kept beside the pruned model's."""
         return self.dense_targets > 0 or self.reconstruction_epochs > 0
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the result, ready for JSON.
+    def on(self, device: torch.device | str) -> "MAIHTConfig":
+        """The same with what `auto` is on a device.
+
+        Raises:
+            ValueError: The device cannot compute in this precision.
+        """
+        return replace(self, precision=resolve_precision(self.precision, device))
+
+    def identity(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """What decides the result on a device, ready for JSON.
 
         A memory budget is left out, since it changes nothing but rounding: a run that ran out of memory may resume
         with a smaller one. Settings that older versions did not have are left out where they are off.
         """
         off = {field.name: field.default for field in fields(self)}
-        found = asdict(replace(self, memory_budget=None))
+        found = asdict(replace(self.on(device), memory_budget=None))
         return {name: value for name, value in found.items() if name not in _NEWER or value != off[name]}
 
 

@@ -14,7 +14,7 @@ from .config import MAIHTConfig
 from .correction import Correction
 from .methods import IN_SLICES, METHODS
 from .patterns import DEFAULT_SPARSITY, Pattern
-from .precision import float32_products
+from .precision import Multiplier, error_form, float32_products
 from .problem import relative_error, scale_gram
 from .slices import rows_within, solver_bytes
 from .spec import PruningSpec
@@ -110,10 +110,11 @@ class LayerSolver:
 
     @torch.no_grad()
     def __init__(self, gram: Tensor, spec: PruningSpec, drift: Tensor | None = None, *, on_host: bool = False) -> None:
-        self.spec, self.on_host = spec, on_host
+        self.on_host = on_host
         _check_finite("gram", gram)
         if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.numel() == 0:
             raise ValueError(f"gram must have shape (in, in), at least (1, 1), but found {tuple(gram.shape)}")
+        self.spec = spec = spec.on(gram.device)
         # Seconds spent on the Gram matrix (in, in), which the first layer's result takes over.
         self._seconds = -time.perf_counter()
         with self._products(gram):
@@ -145,7 +146,7 @@ class LayerSolver:
                     f"'float64' or look at the layer's inputs"
                 )
             with float32_products(tf32=False):
-                error = relative_error(dense, pruned, self.gram)
+                error = relative_error(dense, pruned, self.gram, error_form(config.precision, weight.device))
         seconds, self._seconds = self._seconds + time.perf_counter() - start, 0.0
         pruned, mask = pruned.to(given.device), solution.mask.to(given.device)
         return LayerResult(pruned, mask, error, solution.objective, solution.accelerated, seconds)
@@ -201,7 +202,7 @@ class LayerSolver:
 
 def moved(value: Any, device: str) -> Any:
     """What a solver has computed from a Gram matrix, with its tensors on another device."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Multiplier):
         return value.to(device)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})

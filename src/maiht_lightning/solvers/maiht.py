@@ -8,7 +8,7 @@ sparsity is reached, then gradient steps on the support.
 The names of Algorithm 1, and what they are here:
 
     B          `target`              (out, in)  the scaled dense weight W0 · diag(d), where the iteration starts
-    A          `correlation` + μI    (in, in)   the Gram matrix XᵀX scaled to a unit diagonal, with the ridge
+    A          in `products`         (in, in)   the Gram matrix XᵀX scaled to a unit diagonal, with the ridge
     S          `current()`           (out, in)  the point that an iteration has accepted; S_prev the one before it
     Z, V       `candidates`          (out, in)  the accelerated and the plain candidate for the next S
     u(S)       `stepped`             (out, in)  the gradient step S − α∇f(S), with ∇f(S) = (S − B) A
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from .config import MAIHTConfig
 from .patterns import Pattern, count, hard_threshold_, keep_of_groups_, kth_largest
+from .precision import Products
 from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weight
 from .slices import Slices, rows_within
 from .solution import Solution, padded
@@ -78,8 +79,7 @@ class HardThresholding:
 
     Args:
         target: B (out, in). Its device holds what outlives an iteration: the candidates and the step before.
-        correlation: C (in, in), on the device to compute on.
-        mu: Ridge μ, so that A = C + μI.
+        products: Products with A = C + μI (in, in), on the device to compute on.
         step_size: α, below 1 / λmax(A).
         pattern: Decides what is thresholded: by penalty (`unstructured`, `row`) or N of M.
         accelerated: Try the extrapolated candidate (mAIHT, AIHT).
@@ -92,9 +92,8 @@ class HardThresholding:
     def __init__(
         self,
         target: Tensor,
-        correlation: Tensor,
+        products: Products,
         *,
-        mu: float,
         step_size: float,
         pattern: Pattern,
         accelerated: bool = True,
@@ -102,17 +101,18 @@ class HardThresholding:
         rows: int | None = None,
         keep_zeros: bool = False,
     ) -> None:
-        self.target, self.correlation, self.mu = target, correlation, mu
+        self.target, self.products, self.multiply = target, products, products.search
+        device = products.search.device
         self.keep_zeros = keep_zeros
         self.step_size, self.pattern = step_size, pattern
-        self.slices = Slices(len(target), rows or len(target), correlation.device)
-        self.residual = torch.empty_like(target[self.slices.parts[0]], device=correlation.device)
+        self.slices = Slices(len(target), rows or len(target), device)
+        self.residual = torch.empty_like(target[self.slices.parts[0]], device=device)
         self.gradient = torch.empty_like(self.residual)
         # All begin at the dense weight B: its gradient is 0, so that its gradient step u(B) is B again.
         self.candidates = [Candidate(target) for _ in range(accelerated + plain)]
         self.accelerated, self.plain = accelerated, plain
         self.stepped = target.clone()
-        self.nonzeros = self._per_problem(count(target != 0)[:, 0]).to(correlation.device)
+        self.nonzeros = self._per_problem(count(target != 0)[:, 0]).to(device)
         self.loss = torch.zeros_like(self.nonzeros)
         self.took_accelerated = torch.ones_like(self.nonzeros, dtype=torch.bool)
         self.t, self.t_previous = 1.0, 0.0
@@ -126,7 +126,7 @@ class HardThresholding:
         """The loss of a point's rows, and their gradient step into `stepped`: the one product with A."""
         residual, gradient = self.residual[: len(value)], self.gradient[: len(value)]
         torch.sub(value, target, out=residual)
-        torch.addmm(residual, residual, self.correlation, beta=self.mu, out=gradient)
+        self.multiply(residual, out=gradient)
         loss = self._per_problem(residual.mul_(gradient).sum(1)) / 2
         torch.add(value, gradient, alpha=-self.step_size, out=stepped)
         if self.keep_zeros:
@@ -203,7 +203,7 @@ class HardThresholding:
         return value, self.stepped
 
     def refine(self, value: Tensor, keep: Tensor, steps: int, tolerance: float = 0.0) -> list[Tensor]:
-        """Take gradient steps on a support, in place.
+        """Take gradient steps on a support, in place, with the products for final weights.
 
         Args:
             value: S (out, in).
@@ -214,7 +214,7 @@ class HardThresholding:
         Returns:
             f(S) at the start and after each step, float64 scalars.
         """
-        courses = []
+        courses, self.multiply = [], self.products.final
         for part in self.slices.parts:
             target, rows = self.slices.borrow(self.target, part), self.slices.borrow(value, part)
             kept, stepped = self.slices.borrow(keep, part), self.slices.borrow(self.stepped, part, read=False)
@@ -237,6 +237,25 @@ def _has_converged(losses: list[Tensor], tolerance: float) -> bool:
     return bool((before - now).abs() <= tolerance * before)
 
 
+class Prepared(NamedTuple):
+    """What is computed once per Gram matrix.
+
+    Args:
+        products: Products with A = C + μI (in, in).
+        step_size: α, below 1 / λmax(A).
+    """
+
+    products: Products
+    step_size: float
+
+
+def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
+    """Add the ridge to a copy of C (in, in), and find the step size."""
+    matrix = gram.correlation.clone()
+    matrix.diagonal().add_(config.mu)
+    return Prepared(Products.of(matrix, config.precision), step_size(gram, config))
+
+
 def initial_penalty(target: Tensor, step_size: float, pattern: Pattern) -> Tensor:
     """λ0 = q² / (2α), float64: the first iteration from the dense weight then thresholds at q.
 
@@ -255,7 +274,7 @@ def initial_penalty(target: Tensor, step_size: float, pattern: Pattern) -> Tenso
 def solve(
     weight: Tensor,
     gram: ScaledGram,
-    step_size: float,
+    prepared: Prepared,
     pattern: Pattern,
     config: MAIHTConfig,
     *,
@@ -267,7 +286,7 @@ def solve(
     Args:
         weight: W0 (out, in).
         gram: The scaled Gram matrix of the layer's inputs.
-        step_size: α, from the function of this name.
+        prepared: From `prepare`.
         pattern: What to prune and how much.
         config: Iterations t1 and t2, ridge μ, tolerance, memory budget and `keep_zeros`.
         accelerated: Try the accelerated candidate.
@@ -280,9 +299,9 @@ def solve(
     rows = rows_within(config.memory_budget, weight.shape, gram.norms.dtype)
     if rows < len(weight) and pattern.name == "row":
         # Rows that are problems of their own are solved slice after slice, which may stop early at different times.
-        one = partial(solve, gram=gram, step_size=step_size, pattern=pattern, config=config)
+        one = partial(solve, gram=gram, prepared=prepared, pattern=pattern, config=config)
         return Solution.concatenate([one(part, accelerated=accelerated, plain=plain) for part in weight.split(rows)])
-    device = weight.device
+    device, step_size = weight.device, prepared.step_size
     norms, dense = gram.norms, weight
     if rows < len(weight):
         # What must outlive a slice waits in host memory: B, and the candidates with their gradient steps (out, in).
@@ -291,8 +310,7 @@ def solve(
     penalty = initial_penalty(target, step_size, pattern) if not pattern.group else target.new_zeros(1, 1).double()
     iteration = HardThresholding(
         target,
-        gram.correlation,
-        mu=config.mu,
+        prepared.products,
         step_size=step_size,
         pattern=pattern,
         accelerated=accelerated,

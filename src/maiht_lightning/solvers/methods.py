@@ -31,7 +31,7 @@ def _nothing(gram: ScaledGram, config: MAIHTConfig) -> None:
 
 
 def _prepare_maiht(gram: ScaledGram, config: MAIHTConfig) -> Any:
-    return (splitting.prepare if config.candidates == "preconditioned" else maiht.step_size)(gram, config)
+    return (splitting.prepare if config.candidates == "preconditioned" else maiht.prepare)(gram, config)
 
 
 def _solve_maiht(weight: Tensor, gram: ScaledGram, prepared: Any, pattern: Pattern, config: MAIHTConfig) -> Solution:
@@ -41,8 +41,8 @@ def _solve_maiht(weight: Tensor, gram: ScaledGram, prepared: Any, pattern: Patte
 
 METHODS: dict[str, Method] = {
     "maiht": Method(_prepare_maiht, _solve_maiht),
-    "aiht": Method(maiht.step_size, partial(maiht.solve, plain=False)),
-    "iht": Method(maiht.step_size, partial(maiht.solve, accelerated=False)),
+    "aiht": Method(maiht.prepare, partial(maiht.solve, plain=False)),
+    "iht": Method(maiht.prepare, partial(maiht.solve, accelerated=False)),
     "wanda": Method(_nothing, wanda.solve),
     "magnitude": Method(_nothing, magnitude.solve),
     "sparsegpt": Method(sparsegpt.prepare, sparsegpt.solve),

@@ -1,34 +1,198 @@
-"""The accuracy of float32 products, whatever the process is set to."""
+"""The accuracy of products: float32 whatever the process is set to, and float32 from half-precision products.
 
+GPUs multiply fp16 matrices with float32 sums many times as fast as float32 ones. A float32 number is, but for its last
+two bits, the sum of two fp16 numbers, its high and its low part, if a power of two brings it into their range; so
+
+    R C ≈ R_h C_h + R_h C_l + R_l C_h
+
+is one product of stacked matrices, [R_h | R_h | −R_l] with [C_h; C_l; −C_h] (`fp16x3`). What is left out, R_l C_l, is
+about 2⁻²² of the result. The first term alone is `fp16`: as many significant bits as TF32, at twice its rate.
+
+Splitting so is after Markidis et al. (IPDPS Workshops 2018) and Ootomo & Yokota (IJHPCA 2022, arXiv 2203.03341).
+"""
+
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from math import inf
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+
+Precision = Literal["auto", "float32", "float64", "tf32", "fp16x3", "mixed"]
+Form = Literal["plain", "fp16x3", "fp16"]
+
+# Scaled entries stay below 2¹⁵, fp16's largest is near 2¹⁶. A power of two for tiny ones ends here, so that it and that
+# of the other factor add up to one of float32.
+TOP, LIMIT = 15, 60
+
+
+def can_multiply_halves(device: torch.device | str) -> bool:
+    """Whether a device multiplies fp16 matrices with float32 sums: GPUs natively, CPUs by the same rounded numbers."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return True
+    if device.type != "cuda" or "dtype_out" not in torch.ops.aten.mm.overloads():  # since PyTorch 2.8
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def resolve_precision(precision: Precision, device: torch.device | str) -> Precision:
+    """What `auto` is on a device: `mixed` on GPUs that can, `float32` elsewhere. Others are what they are.
+
+    Raises:
+        ValueError: The device has no such products.
+    """
+    able = can_multiply_halves(device)
+    if precision == "auto":
+        return "mixed" if able and torch.device(device).type != "cpu" else "float32"
+    if precision in ("fp16x3", "mixed") and not able:
+        raise ValueError(
+            f"precision {precision!r} needs products of fp16 matrices with float32 sums: a CPU, or a CUDA device of "
+            f"compute capability 7.0 and PyTorch 2.8 or newer, but found {device} and PyTorch {torch.__version__}: "
+            f"take 'float32' or 'tf32'"
+        )
+    return precision
+
+
+def search_form(precision: Precision) -> Form:
+    """How products are computed while a support is sought, by the precision that was resolved."""
+    return "fp16" if precision == "mixed" else final_form(precision)
+
+
+def final_form(precision: Precision) -> Form:
+    """How products of final weights are computed, by the precision that was resolved."""
+    return "fp16x3" if precision in ("fp16x3", "mixed") else "plain"
+
+
+def error_form(precision: Precision, device: torch.device | str) -> Form:
+    """How a layer's error is multiplied, by the precision that was resolved: as exactly as in float32, and fast."""
+    on_gpu = torch.device(device).type == "cuda" and can_multiply_halves(device)
+    return "fp16x3" if precision == "tf32" and on_gpu else final_form(precision)
+
+
+def bytes_per_entry(precision: Precision) -> int:
+    """Bytes that a `Multiplier` for final weights keeps for each entry of its matrix."""
+    return 6 if final_form(precision) == "fp16x3" else 8 if precision == "float64" else 4
+
+
+class Multiplier:
+    """Multiplies matrices (rows, in) from the right by one matrix (in, in), of which it keeps what the form needs.
+
+    Nothing waits for the device when it is called.
+
+    Args:
+        matrix: (in, in), float32, or for `plain` any dtype.
+        form: `plain`: as torch multiplies matrices of this dtype, see `float32_products`. `fp16x3`: as float32 does,
+            from half-precision products. `fp16`: both sides rounded to 11 significant bits, float32 sums.
+
+    Attributes:
+        device: Where the matrix is.
+    """
+
+    def __init__(self, matrix: Tensor, form: Form = "plain") -> None:
+        self.form, self.device = form, matrix.device
+        self._columns, self._exponent, self._right = matrix.shape[1], 0, matrix
+        if form == "plain":
+            return
+        self._exponent = min(LIMIT, TOP - int(torch.frexp(matrix.abs().max()).exponent))
+        scaled = matrix * 2.0**self._exponent
+        high = scaled.half()
+        if form == "fp16x3":
+            low = scaled.sub_(high).half()
+            high = torch.cat([high, low, -high])
+        # A CPU multiplies the rounded numbers in float32, where products of two of them are exact: what a GPU does, but
+        # for the order of the sums.
+        self._right = high if matrix.is_cuda else high.float()
+
+    def rough(self) -> "Multiplier":
+        """The same as `fp16` from one that is `fp16x3`, which takes no more memory."""
+        other = copy.copy(self)
+        other.form, other._right = "fp16", self._right[: self._columns]
+        return other
+
+    def to(self, device: torch.device | str) -> "Multiplier":
+        """The same on another device."""
+        other = copy.copy(self)
+        other.device, other._right = torch.device(device), self._right.to(device)
+        if self.form != "plain" and not other._right.is_cuda:
+            other._right = other._right.float()
+        return other
+
+    def __call__(self, left: Tensor, out: Tensor | None = None) -> Tensor:
+        """The product of a matrix (rows, in) with the matrix (in, in); `out` (rows, in) is overwritten."""
+        if self.form == "plain":
+            return torch.mm(left, self._right, out=out)
+        # Every row (in,) has a power of two of its own, so that small ones are as accurate as large ones.
+        largest = torch.linalg.vector_norm(left, inf, dim=1, keepdim=True)
+        exponent = (TOP - torch.frexp(largest).exponent).clamp_max_(LIMIT)
+        halves = self._halves(left, _power_of_two(exponent))
+        if halves.is_cuda:
+            product = torch.mm(halves, self._right, out_dtype=torch.float32, **({} if out is None else {"out": out}))
+        else:
+            product = torch.mm(halves.float(), self._right, out=out)
+        return product.mul_(_power_of_two((-self._exponent - exponent).clamp_max_(127)))
+
+    def _halves(self, left: Tensor, scale: Tensor) -> Tensor:
+        """[R_h | R_h | −R_l] (rows, 3 in) for R = left · scale (rows, in), or R_h alone (rows, in); fp16."""
+        parts = 3 if self.form == "fp16x3" else 1
+        halves = torch.empty(len(left), parts, left.shape[1], dtype=torch.float16, device=left.device)
+        high, *low = halves.split(2, dim=1)
+        torch.mul(left.unsqueeze(1).expand_as(high), scale.unsqueeze(1), out=high)
+        if low:
+            # R_h − R is computed in float32, where it is exact, and rounded to fp16.
+            torch.addcmul(high.select(1, 0), left, scale, value=-1, out=low[0].squeeze(1))
+        return halves.flatten(1)
+
+
+class Products(NamedTuple):
+    """Products with one matrix (in, in).
+
+    Args:
+        search: While a support is sought.
+        final: Of the weights on it.
+    """
+
+    search: Multiplier
+    final: Multiplier
+
+    @classmethod
+    def of(cls, matrix: Tensor, precision: Precision) -> "Products":
+        """Prepare both for a precision that was resolved; the matrix (in, in) may be kept as it is."""
+        final = Multiplier(matrix, final_form(precision))
+        return cls(final.rough() if search_form(precision) == "fp16" else final, final)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 to whole numbers between −126 and 127, exactly: float32."""
+    return (exponent.int() + 127 << 23).view(torch.float32)
 
 
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Compute float32 products exactly as float32, or on CUDA with TF32 inputs, and restore the setting.
 
-    A training run often calls `torch.set_float32_matmul_precision("medium")`, which would reach the solvers.
+    A training run often calls `torch.set_float32_matmul_precision("medium")`, which would reach the solvers; or lets
+    sums of half-precision products be rounded to half precision. Within, PyTorch's older functions that ask for the
+    setting may raise: no function that Inductor compiles may hold a product here.
     """
     cuda: Any = torch.backends.cuda.matmul
     mkldnn: Any = torch.backends.mkldnn
+    names = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
+    settings: list[tuple[Any, str, Any]] = [(cuda, name, False) for name in names if hasattr(cuda, name)]
     if hasattr(cuda, "fp32_precision"):  # since PyTorch 2.9, which objects to a mix of the two ways
-        settings = [(cuda, "tf32" if tf32 else "ieee"), (mkldnn.matmul, "ieee")]
-        before = [backend.fp32_precision for backend, _ in settings]
-        try:
-            for backend, value in settings:
-                backend.fp32_precision = value
-            yield
-        finally:
-            for (backend, _), value in zip(settings, before, strict=True):
-                backend.fp32_precision = value
-    else:
-        old = torch.get_float32_matmul_precision()
-        try:
+        settings += [(cuda, "fp32_precision", "tf32" if tf32 else "ieee"), (mkldnn.matmul, "fp32_precision", "ieee")]
+    before = [getattr(backend, name) for backend, name, _ in settings]
+    old = None if hasattr(cuda, "fp32_precision") else torch.get_float32_matmul_precision()
+    try:
+        for backend, name, value in settings:
+            setattr(backend, name, value)
+        if old is not None:
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
-            yield
-        finally:
+        yield
+    finally:
+        for (backend, name, _), value in zip(settings, before, strict=True):
+            setattr(backend, name, value)
+        if old is not None:
             torch.set_float32_matmul_precision(old)

@@ -6,13 +6,15 @@ is pruned in the coordinates S = W · diag(d), where the features have unit norm
 
     f(S) = ½ tr((S − B) A (S − B)ᵀ),   B = W0 · diag(d),   A = C + μ I,   C = diag(d)⁻¹ G diag(d)⁻¹
 
-A is never formed: the ridge is added within each product with C.
+The ridge is added to the diagonal of a matrix of the solver's own, once.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .precision import Form, Multiplier
 
 LANCZOS_STEPS = 48
 
@@ -112,23 +114,24 @@ def shifted_cholesky(matrix: Tensor, shift: float, *, who: str, tried: str, advi
     return lower
 
 
-def relative_error(weight: Tensor, pruned: Tensor, gram: ScaledGram) -> float:
+def relative_error(weight: Tensor, pruned: Tensor, gram: ScaledGram, form: Form = "plain") -> float:
     """‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖², from W0 and W (out, in); 0 when the dense output is 0.
 
-    It is summed over slices of rows, so that large layers need little memory.
+    It is summed over slices of rows, so that large layers need little memory. Its products have a `Multiplier`'s form.
     """
+    multiply = Multiplier(gram.correlation, form)
     noise = signal = torch.zeros((), dtype=torch.float64, device=weight.device)
     rows = max(1, ERROR_ELEMENTS // weight.shape[1])
     for dense, sparse in zip(weight.split(rows), pruned.split(rows), strict=True):
         scaled, exponent = scale_weight(dense, gram.norms)
-        signal = signal + quadratic(scaled, gram.correlation) * 4.0**exponent
+        signal = signal + quadratic(scaled, multiply) * 4.0**exponent
         # (W − W0) · diag(d) (rows, in) takes the memory of the scaled weight, and its power of two.
         change = torch.sub(sparse, dense, out=scaled).mul_(gram.norms).mul_(2.0**-exponent)
-        noise = noise + quadratic(change, gram.correlation) * 4.0**exponent
+        noise = noise + quadratic(change, multiply) * 4.0**exponent
     # Rounding may leave a tiny negative number where the Gram matrix is singular.
     return float(noise.clamp_min(0) / signal) if signal > 0 else 0.0
 
 
-def quadratic(matrix: Tensor, gram: Tensor) -> Tensor:
-    """tr(M G Mᵀ) for M (out, in): a scalar, summed in float64."""
-    return (matrix @ gram).mul_(matrix).sum(1).sum(dtype=torch.float64)
+def quadratic(matrix: Tensor, multiply: Multiplier) -> Tensor:
+    """tr(M G Mᵀ) for M (out, in) and products with G (in, in): a scalar, summed in float64."""
+    return multiply(matrix).mul_(matrix).sum(1).sum(dtype=torch.float64)

@@ -72,11 +72,19 @@ class PruningSpec:
         """The same, with weights that are zero already staying zero."""
         return replace(self, config=replace(self.config, keep_zeros=True))
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the result, ready for JSON: two prunings of one model with equal identities are the same."""
+    def on(self, device: torch.device | str) -> "PruningSpec":
+        """The same with what the precision `auto` is on a device.
+
+        Raises:
+            ValueError: The device cannot compute in this precision.
+        """
+        return replace(self, config=self.config.on(device))
+
+    def identity(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """What decides the result on a device, ready for JSON: two prunings of one model that share it are alike."""
         return {
             "method": self.method,
             "pattern": self.pattern.name,
             "sparsity": self.sparsity,
-            "config": self.config.identity(),
+            "config": self.config.identity(device),
         }

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .config import MAIHTConfig
 from .patterns import Pattern
+from .precision import Multiplier, final_form, search_form
 from .problem import ScaledGram, largest_eigenvalue, scale_weight, shifted_cholesky, unscale_weight
 from .solution import Solution
 
@@ -42,14 +43,14 @@ class Prepared(NamedTuple):
     """What is computed once per Gram matrix.
 
     Args:
-        matrix: A = C + μI (in, in).
-        inverses: (A + ρI)⁻¹ (in, in) for each ρ.
+        multiply: Products with A = C + μI (in, in).
+        inverses: Products with (A + ρI)⁻¹ (in, in) for each ρ.
         penalties: The values of ρ.
         step_size: α, below 1 / λmax(A).
     """
 
-    matrix: Tensor
-    inverses: list[Tensor]
+    multiply: Multiplier
+    inverses: list[Multiplier]
     penalties: list[float]
     step_size: float
 
@@ -85,9 +86,10 @@ def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
             tried=f"μ = {config.mu} and ρ = {penalty:.2g}",
             advice="check that gram is XᵀX, or solve with candidates='gradient', which factorises nothing",
         )
-        inverses.append(torch.cholesky_inverse(lower))
+        inverses.append(Multiplier(torch.cholesky_inverse(lower), search_form(config.precision)))
     largest = largest_eigenvalue(gram.correlation) + config.mu
-    return Prepared(matrix, inverses, penalties, config.step_scale / max(largest, torch.finfo(torch.float32).tiny))
+    step_size = config.step_scale / max(largest, torch.finfo(torch.float32).tiny)
+    return Prepared(Multiplier(matrix, final_form(config.precision)), inverses, penalties, step_size)
 
 
 class Iterate(NamedTuple):
@@ -121,7 +123,7 @@ class Splitting:
         self, target: Tensor, prepared: Prepared, pattern: Pattern, size: Tensor, free: Tensor | None = None
     ) -> None:
         self.target, self.pattern, self.size, self.free = target, pattern, size, free
-        self.prepared, self.matrix = prepared, prepared.matrix
+        self.prepared, self.multiply = prepared, prepared.multiply
 
     def threshold(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """H_k: the kept entries of a matrix (out, in), which is overwritten, and their mask."""
@@ -136,7 +138,7 @@ class Splitting:
         """Take so many preconditioned steps from the dense weight; returns the last Z (out, in) and its mask."""
         inverses, penalties = self.prepared.inverses, self.prepared.penalties
         current, dual = self.target.clone(), torch.zeros_like(self.target)  # S and U (out, in)
-        pull = self.target @ self.matrix  # B A (out, in)
+        pull = self.multiply(self.target)  # B A (out, in)
         before = penalties[0] if penalties else 1.0
         for step in range(steps):
             level = step * len(penalties) // steps
@@ -147,13 +149,13 @@ class Splitting:
             proposal = current.add_(dual)  # S + U
             sparse, _ = self.threshold(proposal.clone())
             dual = torch.sub(proposal, sparse, out=proposal)
-            current = torch.sub(sparse, dual, out=sparse).mul_(penalty).add_(pull) @ inverses[level]
+            current = inverses[level](torch.sub(sparse, dual, out=sparse).mul_(penalty).add_(pull))
         return self.threshold(current.add_(dual))
 
     def measure(self, value: Tensor, mask: Tensor) -> Iterate:
         """The gradient and the loss of a sparse point: one product with A."""
         residual = value - self.target
-        gradient = residual @ self.matrix
+        gradient = self.multiply(residual)
         return Iterate(value, gradient, residual.mul_(gradient).sum(dtype=torch.float64) / 2, mask)
 
     def fit(self, point: Iterate, steps: int) -> tuple[Tensor, list[Tensor]]:
@@ -169,7 +171,7 @@ class Splitting:
         # About ε λmax, the error of a curvature for directions of unit length.
         rounding = torch.finfo(value.dtype).eps / self.prepared.step_size
         for _ in range(steps):
-            image = (direction @ self.matrix).mul_(kept)  # (out, in)
+            image = self.multiply(direction).mul_(kept)  # (out, in)
             curvature = _row_products(direction, image)
             # Below rounding the curvature is none: where A is singular a step along it would have any length.
             least = rounding * _row_products(direction, direction)

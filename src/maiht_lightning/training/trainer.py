@@ -67,6 +67,7 @@ class PruningTrainer(Trainer):
         pruning.prepare(self, model)
         check_disk(pruning, self, model, trains=False)
         pruning.prune_and_record(self, model)
+        pruning.run.publish()
         pruning.run.drop_journals()
         for logger in self.loggers:
             logger.finalize("success")
