@@ -57,7 +57,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     settings = (site / "reference" / "settings.html").read_text()
-    # Every setting stands in a table of arguments, with what the docstring says of it.
+    # Every setting stands in a list of arguments, with what the docstring says of it.
     for setting in ("prune_at", "reconstruction_epochs", "max_windows", "sampling", "gradient_checkpointing", "warmup"):
         assert f"<code>{setting}" in settings, setting
     assert "Fraction of zeros, in [0, 1)" in settings
