@@ -199,6 +199,19 @@ def test_rows_that_were_logged_are_not_logged_again_and_lost_ones_are(tmp_path):
     assert len(server.rows) == 6
 
 
+def test_a_resumed_pruning_logs_the_blocks_that_are_left(tmp_path):
+    """All of them at one step, with the same names."""
+    server = Server()
+    logger = rows_logger(tmp_path, server)
+    for block in range(2):
+        logger.log_metrics({"prune/block": block, "prune/relative_error": 0.5}, 8)
+    server = Server(server.rows)
+    logger = rows_logger(tmp_path, server)
+    for block in range(4):
+        logger.log_metrics({"prune/block": block, "prune/relative_error": 0.5}, 8)
+    assert [row["prune/block"] for row in server.rows] == [0, 1, 2, 3]
+
+
 def test_a_run_on_disk_is_whole_in_its_last_file(tmp_path):
     folders = [tmp_path / "wandb" / f"offline-run-{number}-abc" / "files" for number in (1, 2)]
     other = tmp_path / "wandb" / "offline-run-1-xyz"

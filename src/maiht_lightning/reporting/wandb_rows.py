@@ -105,8 +105,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _identity(metrics: Mapping[str, Any], step: int | None) -> tuple[int | None, frozenset[str]]:
-    return step, frozenset(metrics)
+def _identity(metrics: Mapping[str, Any], step: int | None) -> tuple[int | None, Any, frozenset[str]]:
+    # The blocks of a pruning are all of one step, and their rows have the same names.
+    return step, metrics.get("prune/block"), frozenset(metrics)
 
 
 def _number(value: Any) -> float | None:
