@@ -5,8 +5,12 @@
 Some seconds on a CPU. What was drawn stands in the files' metadata, so that a test can compare it with the code.
 """
 
-import json
 import os
+
+# Before torch is loaded: OpenMP's threads wait at barriers by spinning, beside other work for whole time slices.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import json
 import sys
 from pathlib import Path
 from typing import Any
