@@ -212,6 +212,15 @@ def test_a_resumed_pruning_logs_the_blocks_that_are_left(tmp_path):
     assert [row["prune/block"] for row in server.rows] == [0, 1, 2, 3]
 
 
+def test_the_summary_of_a_pruning_is_one_row_whoever_made_it(tmp_path):
+    """A process that takes the blocks from the journal knows no rate."""
+    server = Server()
+    rows_logger(tmp_path, server).log_metrics({"pruned/sparsity": 0.5, "seconds/solve": 2.0, "tflops/solve": 1.0}, 8)
+    server = Server(server.rows)
+    rows_logger(tmp_path, server).log_metrics({"pruned/sparsity": 0.5, "seconds/solve": 2.0}, 8)
+    assert len(server.rows) == 1
+
+
 def test_a_run_on_disk_is_whole_in_its_last_file(tmp_path):
     folders = [tmp_path / "wandb" / f"offline-run-{number}-abc" / "files" for number in (1, 2)]
     other = tmp_path / "wandb" / "offline-run-1-xyz"

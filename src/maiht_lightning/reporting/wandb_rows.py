@@ -16,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from ..interrupts import interrupts
 from ..models.durable import write_text
 
+_OF_A_PROCESS = ("seconds/", "predicted/", "tflops/")
+
 
 class WandbRows:
     """Stands before a `WandbLogger`'s `log_metrics`.
@@ -106,8 +108,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _identity(metrics: Mapping[str, Any], step: int | None) -> tuple[int | None, Any, frozenset[str]]:
-    # The blocks of a pruning are all of one step, and their rows have the same names.
-    return step, metrics.get("prune/block"), frozenset(metrics)
+    # The blocks of a pruning are all of one step, and their rows have the same names. How fast a phase was, a process
+    # that resumes it cannot say: its row for the same has other names of that kind.
+    names = frozenset(name for name in metrics if not name.startswith(_OF_A_PROCESS))
+    return step, metrics.get("prune/block"), names
 
 
 def _number(value: Any) -> float | None:
