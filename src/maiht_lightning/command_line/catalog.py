@@ -65,7 +65,7 @@ _PRUNING = (
     Setting("--pruning.sparsity", "S", "0.5", "of zeros; from 0.6 on, train afterwards"),
     Setting("--pruning.pattern", "P", "unstructured", "2:4 if what serves needs it"),
     Setting("--pruning.method", "M", "maiht", "wanda for speed, others to compare"),
-    Setting("--pruning.config", "PRESET", "balanced", "fast; best for an hour more; paper"),
+    Setting("--pruning.config", "PRESET", "balanced", "fast; best where time allows; paper"),
     Setting("--pruning.calibration", "CLASS", "C4Calibration", "offline PythonDocsCalibration"),
     Setting("--pruning.batch_size", "N", "1", "windows at once; more while memory lasts"),
     Setting("--pruning.offload", "WHERE", "none", "cpu where the GPU is too small"),

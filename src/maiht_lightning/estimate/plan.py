@@ -274,7 +274,7 @@ def _passes(shape: ModelShape, job: Job, tokens: float) -> float:
     """Count the operations of all forward passes of one block's capture."""
     whole = _forward_flops(shape, job, tokens)
     # The dense model goes first alone where the zeros are shared out by what its layers see.
-    measured = whole if _measures(job) else 0.0
+    measured = whole if job.settings.measures_dense else 0.0
     if not job.settings.sublayers:
         # The dense block runs up to the input of its last layer; then the pruned one, and the dense one beside it.
         return measured + (1 + _streams(job)) * whole - 2.0 * tokens * shape.layers[-1].weights
@@ -285,10 +285,6 @@ def _passes(shape: ModelShape, job: Job, tokens: float) -> float:
         total += tokens * (2.0 * passed + attention)
         passed += sum(layer.weights for layer in group)
     return measured + _streams(job) * total
-
-
-def _measures(job: Job) -> bool:
-    return job.settings.allocation in ("owl", "error")
 
 
 def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
@@ -307,7 +303,7 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     seconds = forward / _rate(job, device) + grams / gram_rate + shape.blocks * moved / device.bandwidth
     # A pass up to the last layer's input has nearly all that lies between the products of a whole one.
     whole_passes = forward / shape.blocks / _forward_flops(shape, job, tokens)
-    runs = whole_passes if job.settings.sublayers else 1 + _streams(job) + _measures(job)
+    runs = whole_passes if job.settings.sublayers else 1 + _streams(job) + job.settings.measures_dense
     seconds += shape.blocks * runs * tokens * shape.block_counts(size).forward / device.bandwidth_uncached
     if job.offload != "none":
         seconds += shape.blocks * _block_bytes(shape, job) / device.host_link
@@ -319,7 +315,7 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
     working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest)
-    streams = max(_streams(job), 1 + _measures(job))
+    streams = max(_streams(job), 1 + job.settings.measures_dense)
     memory = device.baseline_bytes + _resident(shape, job) + sums + streams * _hidden(shape, job) + working
     return Phase("capture", forward + grams, seconds, memory)
 

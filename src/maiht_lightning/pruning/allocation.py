@@ -49,11 +49,14 @@ class LayerSize:
         return self.units * self.size
 
 
-def allocate(loader: BlockLoader, inputs: BlockInputs | None, spec: PruningSpec, ranks: Ranks) -> dict[str, int]:
+def allocate(
+    loader: BlockLoader, sizes: Sequence[LayerSize], inputs: BlockInputs | None, spec: PruningSpec, ranks: Ranks
+) -> dict[str, int]:
     """Decide how many zeros each unit of each layer gets.
 
     Args:
         loader: Hands out the dense model's blocks.
+        sizes: Its layers, as `layer_sizes` lists them.
         inputs: The calibration windows as inputs of the first block, which are passed through all blocks; None for
             `depth`, which looks at nothing.
         spec: How layers are pruned; its config names the `allocation` and the `allocation_spread`.
@@ -62,9 +65,11 @@ def allocate(loader: BlockLoader, inputs: BlockInputs | None, spec: PruningSpec,
     Returns:
         By the layer's path in the model the zeros in each of its units, in total as many as a uniform allocation has;
         for `row` there may be one more in each row of one layer.
+
+    Raises:
+        RankError: Another process has failed.
     """
     wanted, spread = spec.sparsity, spec.sparsity * spec.config.allocation_spread
-    sizes = layer_sizes(loader, spec)
     # A layer keeps at least half of what it would keep in a uniform allocation.
     low, high = max(0.0, wanted - spread), min((1 + wanted) / 2, wanted + spread)
     if spec.config.allocation == "depth":
@@ -76,7 +81,8 @@ def allocate(loader: BlockLoader, inputs: BlockInputs | None, spec: PruningSpec,
         measured: list[Any] = []
         for index in range(len(loader)):
             block = loader.fetch(index)
-            norms = pass_and_measure(block, inputs)
+            with ranks.errors_shared():
+                norms = pass_and_measure(block, inputs)
             for each in norms.values():
                 ranks.all_reduce(each.inputs)
                 ranks.all_reduce(each.outputs)

@@ -249,14 +249,14 @@ def _allocate(
     """Patterns of the layers by path, with the zeros that a journal's blocks were pruned with; none if uniform."""
     if spec.config.allocation == "uniform":
         return {}
-    sizes = {layer.path: layer.size for layer in layer_sizes(loader, spec)}
+    sizes = layer_sizes(loader, spec)
     zeros = ranks.broadcast_object(None if journal is None else journal.allocation())
-    if zeros is None or zeros.keys() != sizes.keys():
-        twin = None if spec.config.allocation == "depth" else inputs.twin(store)
-        zeros = allocate(loader, twin, spec, ranks)
-        if journal is not None:
-            journal.save_allocation(zeros)
-    return {path: spec.pattern.with_zeros(zeros[path], size) for path, size in sizes.items()}
+    if zeros is None or zeros.keys() != {layer.path for layer in sizes}:
+        zeros = allocate(loader, sizes, inputs.twin(store) if spec.config.measures_dense else None, spec, ranks)
+        with ranks.errors_shared():
+            if journal is not None:
+                journal.save_allocation(zeros)
+    return {layer.path: spec.pattern.with_zeros(zeros[layer.path], layer.size) for layer in sizes}
 
 
 def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: BlockLoader) -> Storage:
@@ -269,7 +269,7 @@ def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: Bl
     solver = max(solver_bytes(s, config.dtype, config.memory_budget) + matrices * s[1] ** 2 for s in shapes)
     # Three blocks may be on the device: the one at work, the one before it and the one that is read meanwhile.
     working = grams + solver + 3 * loader.block_bytes()
-    streams = 2 if config.has_dense_stream or config.allocation not in ("uniform", "depth") else 1
+    streams = 2 if config.has_dense_stream or config.measures_dense else 1
     return choose_storage(streams * tokens * hidden_bytes(model), loader.device, working)
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .model_card import COMPACT, STAGE_OF
+from .model_card import COMPACT, REPO_ID, STAGE_OF
 from .summary import Summary
 
 
@@ -14,7 +14,7 @@ def check_repo_id(repo_id: str) -> str:
     Raises:
         ValueError: It is no `USER/NAME`.
     """
-    if not isinstance(repo_id, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not isinstance(repo_id, str) or not re.fullmatch(REPO_ID, repo_id):
         raise ValueError(f"push_to_hub must be a repository such as USER/NAME, but found {repo_id!r}")
     return repo_id
 

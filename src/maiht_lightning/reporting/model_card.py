@@ -16,6 +16,8 @@ from .summary import Summary
 
 CARD = "README.md"
 COMPACT = "model_compact"
+# USER/NAME, as the hub's repositories are called.
+REPO_ID = r"[\w.-]+/[\w.-]+"
 # The stage whose figures are those of a saved folder.
 STAGE_OF = {"model_dense": "dense", "model": "pruned", "model_finetuned": "finetuned"}
 # Data sets by the hub's names, as its leaderboards know them.
@@ -72,7 +74,7 @@ class BaseModel:
     def of(cls, name_or_path: str) -> "BaseModel":
         """Look at a hub name, folder or file, and at the card there or in the hub's cache; nothing is fetched."""
         path = Path(name_or_path).expanduser()
-        on_hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) is not None
+        on_hub = not path.exists() and re.fullmatch(REPO_ID, name_or_path) is not None
         card: Any = try_to_load_from_cache(name_or_path, CARD) if on_hub else path / CARD
         licence = None
         if isinstance(card, str | Path) and Path(card).is_file():

@@ -128,6 +128,11 @@ class MAIHTConfig:
         """Whether the dense model's hidden states are kept beside the pruned model's."""
         return self.dense_targets > 0 or self.reconstruction_epochs > 0
 
+    @property
+    def measures_dense(self) -> bool:
+        """Whether the dense model goes first alone, so that zeros are shared out by what its layers see and return."""
+        return self.allocation in ("owl", "error")
+
     def on(self, device: torch.device | str) -> "MAIHTConfig":
         """The same with what `auto` is on a device.
 

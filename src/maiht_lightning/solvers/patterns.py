@@ -220,7 +220,7 @@ def _kth_largest_by_sample(score: Tensor, k: int) -> Tensor | None:
     """The k-th largest of many entries (n,), exactly, from those that lie where a sample has it; None if they do not.
 
     Between the bounds are a few entries in a hundred, which are sorted. So memory is passed a few times, and not once a
-    bit as by bisection.
+    bit as by bisection; the numbers that decide come to the host, which waits for a GPU a few times.
     """
     n = len(score)
     if not k:
