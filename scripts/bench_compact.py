@@ -51,7 +51,7 @@ def packed_share(folder: Path, layers: list[str]) -> float:
         if name.removesuffix(".weight") not in layers:
             continue
         with safe_open(folder / tensor["file"], framework="pt") as file:
-            parts = [file.get_tensor(part) for part in tensor["crc32"]]
+            parts = [file.get_tensor(part) for part in tensor["xxh3"]]
         stored += sum(part.nbytes for part in parts)
         dense += torch.Size(tensor["shape"]).numel() * getattr(torch, tensor["dtype"]).itemsize
     return stored / dense

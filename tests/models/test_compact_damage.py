@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -208,14 +209,14 @@ def lies_in_the_index(folder, other, rng):
             lambda: tensor.update(shape=None),
             lambda: tensor.update(dtype=rng.choice(["float32", "int8", "nothing", "nn", 7])),
             lambda: tensor.update(file=rng.choice(["nowhere.safetensors", "config.json", "../0/rest.safetensors", 3])),
-            lambda: tensor.update(crc32={}),
-            lambda: tensor.update(crc32={name: "00000000"}),
-            lambda: tensor.update(crc32=dict.fromkeys(tensor["crc32"])),
+            lambda: tensor.update(xxh3={}),
+            lambda: tensor.update(xxh3={name: "0" * 16}),
+            lambda: tensor.update(xxh3=dict.fromkeys(tensor["xxh3"])),
             lambda: index["tensors"].pop(name),
             lambda: index["tensors"].update({f"{name}.x": tensor}),
             lambda: index.update(tensors=[]),
             lambda: index.update(dtype="complex"),
-            lambda: index.update(version=rng.choice([0, 1, 3, "2", None, 10**30])),
+            lambda: index.update(version=rng.choice([0, 1, 2, 4, "3", None, 10**30])),
             lambda: index.pop(rng.choice(sorted(index))),
         ]
         rng.choice(lies)()
@@ -305,8 +306,8 @@ def test_damage_is_an_error_or_nothing(damaged, folders, kind, times):
         (lambda f: (f / "compact.json").unlink(), r"is no compact model: it has no compact\.json"),
         (lambda f: (f / "compact.json").write_text("{"), r"compact\.json is damaged: it does not describe"),
         (
-            lambda f: edit_index(f, lambda index: index.update(version=3)),
-            "version 2 or older, but found 'maiht-compact', version 3: a newer maiht-lightning may read it",
+            lambda f: edit_index(f, lambda index: index.update(version=4)),
+            "version 3 or older, but found 'maiht-compact', version 4: a newer maiht-lightning may read it",
         ),
         (
             lambda f: edit_index(f, lambda index: index["tensors"].pop("model.norm.weight")),
@@ -328,7 +329,7 @@ def forge(folder, tensors, file="block_00001.safetensors"):
 
     def agree(index):
         for tensor in index["tensors"].values():
-            tensor["crc32"].update({name: written[name] for name in tensor["crc32"] if name in written})
+            tensor["xxh3"].update({name: written[name] for name in tensor["xxh3"] if name in written})
 
     edit_index(folder, agree)
 
@@ -372,7 +373,7 @@ def test_names_do_not_leave_the_folder(damaged, monkeypatch, name):
     monkeypatch.setattr(compact, "safe_open", lambda path, **_: opened.append(path) or safe_open(path, framework="pt"))
     for change in (
         lambda index: index["tensors"]["model.norm.weight"].update(file=name),
-        lambda index: index["files"].update({name: "00000000"}),
+        lambda index: index["files"].update({name: "0" * 16}),
     ):
         edit_index(folder, change)
         with pytest.raises(CompactFileError, match=r"compact\.json is damaged.*is no file's name"):
@@ -434,10 +435,48 @@ def test_tensors_keep_their_own_dtypes(tiny_llama, tmp_path):
     assert {p.dtype for p in load_compact(folder, torch.float16).parameters()} == {torch.float16}
 
 
+def as_second_version(folder):
+    """Make a folder what version 2 wrote, which had CRC-32 for checksums."""
+    index = json.loads((folder / "compact.json").read_text())
+    index |= {
+        "version": 2,
+        "files": {name: f"{zlib.crc32((folder / name).read_bytes()):08x}" for name in index["files"]},
+    }
+    for tensor in index["tensors"].values():
+        parts = load_file(folder / tensor["file"])
+        values = {part: parts[part].view(torch.uint8).numpy().tobytes() for part in tensor.pop("xxh3")}
+        tensor["crc32"] = {part: f"{zlib.crc32(value):08x}" for part, value in values.items()}
+    (folder / "compact.json").write_text(json.dumps(index))
+
+
+def test_the_second_version_is_read_and_its_checksums_compared(damaged, caplog):
+    folder, expected = damaged
+    as_second_version(folder)
+    same(load_compact(folder), expected)
+    assert not caplog.text
+    path = folder / "block_00001.safetensors"
+    tensors = load_file(path)
+    tensors[f"{UP}.values"][3] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CompactFileError, match=rf"{UP}\.values has another checksum"):
+        load_compact(folder)
+    edit_index(folder, lambda index: index["files"].update({"config.json": "00000000"}))
+    with pytest.raises(CompactFileError, match=r"config\.json is damaged: it is not as it was written"):
+        load_compact(folder)
+
+
+def test_checksums_are_the_published_xxh3(damaged):
+    # The empty input's, as in the library's own test values.
+    assert compact.checksum(torch.empty(0)) == "2d06800538d394c2"
+    folder, _ = damaged
+    index = json.loads((folder / "compact.json").read_text())
+    assert {len(value) for t in index["tensors"].values() for value in t["xxh3"].values()} == {16}
+
+
 def as_first_version(folder):
     """Make a folder what version 1 wrote."""
     index = json.loads((folder / "compact.json").read_text())
-    shapes = {name: t["shape"] for name, t in index["tensors"].items() if f"{name}.mask" in t["crc32"]}
+    shapes = {name: t["shape"] for name, t in index["tensors"].items() if f"{name}.mask" in t["xxh3"]}
     files = [path.name for path in weights(folder)]
     old = {"format": "maiht-compact", "version": 1, "dtype": "bfloat16", "files": files, "shapes": shapes}
     (folder / "compact.json").write_text(json.dumps(old, indent=1) + "\n")
@@ -473,7 +512,7 @@ def test_the_description_is_enough_to_read_the_files(folders):
             return np.frombuffer(written[start + begin : start + end], kind)
 
         weight = np.zeros(stored["shape"], np.uint16)
-        if f"{name}.mask" in stored["crc32"]:
+        if f"{name}.mask" in stored["xxh3"]:
             kept = np.unpackbits(part(f"{name}.mask", np.uint8), count=weight.size).astype(bool)
             weight.reshape(-1)[kept] = part(f"{name}.values", np.uint16)
         else:

@@ -100,7 +100,7 @@ def test_a_dense_model_stays_as_it_is(tiny_llama, tmp_path):
     model = tiny_llama(vocab_size=64)
     folder = save_compact(model, tmp_path / "compact")
     tensors = json.loads((folder / "compact.json").read_text())["tensors"]
-    assert all(list(tensor["crc32"]) == [name] for name, tensor in tensors.items())
+    assert all(list(tensor["xxh3"]) == [name] for name, tensor in tensors.items())
     same(load_compact(folder), model)
 
 

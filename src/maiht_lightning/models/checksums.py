@@ -4,6 +4,7 @@ import zlib
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 
@@ -13,14 +14,24 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def checksum(tensor: Tensor) -> str:
-    """CRC-32 of a tensor's bytes, as 8 hexadecimal digits.
+    """XXH3 of a tensor's bytes, 64 bits as 16 hexadecimal digits.
 
-    It sees every damage within 32 bits, and misses one of four billion others. It takes 0.3 seconds per gigabyte;
-    SHA-256 takes twice as long where processors have instructions for it, which counts beside the reading itself.
+    It misses one damage of 1.8e19, and takes 0.05 seconds per gigabyte where zlib's CRC-32 takes 0.2 and SHA-256 at
+    least as long, which would count beside the reading itself. It is no protection against forgery.
     """
-    return f"{zlib.crc32(tensor_bytes(tensor)):08x}"
+    return _digest(tensor_bytes(tensor))
 
 
 def file_checksum(path: Path) -> str:
-    """CRC-32 of a small file, as 8 hexadecimal digits."""
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+    """XXH3 of a small file, 64 bits as 16 hexadecimal digits."""
+    return _digest(path.read_bytes())
+
+
+def agrees(found: Tensor | Path, expected: str) -> bool:
+    """Whether a tensor, or a small file, has a checksum: XXH3, or of 8 digits CRC-32, which older versions wrote."""
+    data = tensor_bytes(found) if isinstance(found, Tensor) else found.read_bytes()
+    return expected == (f"{zlib.crc32(data):08x}" if len(expected) == 8 else _digest(data))
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return xxhash.xxh3_64_hexdigest(data)

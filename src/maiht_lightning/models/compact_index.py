@@ -14,7 +14,10 @@ import torch
 
 INDEX = "compact.json"
 FORMAT = "maiht-compact"
-VERSION = 2
+VERSION = 3
+# What versions that are read call their checksums; version 1 has none.
+_CHECKSUMS = {2: "crc32", VERSION: "xxh3"}
+_DIGITS = {"crc32": 8, "xxh3": 16}
 # More than any model has, and few enough that sizes computed from them stay small numbers.
 MOST_WEIGHTS = 2**48
 
@@ -32,8 +35,8 @@ class StoredTensor:
         file: Name of the safetensors file in the folder.
         dtype: Its dtype.
         shape: Its shape, unpacked.
-        checksums: CRC-32 by name in the file: of `NAME.mask` and `NAME.values` if it is packed, else of `NAME`. None
-            in files of version 1.
+        checksums: By name in the file: of `NAME.mask` and `NAME.values` if it is packed, else of `NAME`. XXH3, CRC-32
+            in files of version 2, None in files of version 1.
     """
 
     name: str
@@ -55,7 +58,7 @@ class CompactIndex:
     Args:
         dtype: The model's.
         tensors: All tensors that are stored.
-        files: CRC-32 of other files that make the model, such as `config.json`, by name.
+        files: Checksums of other files that make the model, such as `config.json`, by name.
         version: Of the format. Files of version 1 have no checksums.
     """
 
@@ -78,7 +81,7 @@ class CompactIndex:
                 "file": stored.file,
                 "dtype": _dtype_name(stored.dtype),
                 "shape": list(stored.shape),
-                "crc32": stored.checksums,
+                _CHECKSUMS[VERSION]: stored.checksums,
             }
             for stored in self.tensors
         }
@@ -106,10 +109,11 @@ def read_index(folder: Path) -> CompactIndex:
         kind, version = found["format"], found["version"]
         if kind == FORMAT and version == 1:
             return _first_version(folder, found)
-        if kind == FORMAT and version == VERSION:
-            files = {_file_name(name): _checksum(value) for name, value in found["files"].items()}
-            tensors = [_stored(name, tensor) for name, tensor in found["tensors"].items()]
-            return CompactIndex(_dtype(found["dtype"]), tensors, files)
+        if kind == FORMAT and version in _CHECKSUMS:
+            checksums = _CHECKSUMS[version]
+            files = {_file_name(name): _checksum(value, checksums) for name, value in found["files"].items()}
+            tensors = [_stored(name, tensor, checksums) for name, tensor in found["tensors"].items()]
+            return CompactIndex(_dtype(found["dtype"]), tensors, files, version)
     except CompactFileError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -153,9 +157,9 @@ def _first_version(folder: Path, found: Any) -> CompactIndex:
     return CompactIndex(_dtype(found["dtype"]), tensors, {}, version=1)
 
 
-def _stored(name: str, found: Any) -> StoredTensor:
+def _stored(name: str, found: Any, kind: str) -> StoredTensor:
     file, shape = _file_name(found["file"]), _shape(found["shape"])
-    checksums = {part: _checksum(value) for part, value in found["crc32"].items()}
+    checksums = {part: _checksum(value, kind) for part, value in found[kind].items()}
     if checksums.keys() not in ({name}, {f"{name}.mask", f"{name}.values"}):
         raise ValueError(f"{name} is stored as {', '.join(checksums) or 'nothing'}")
     return StoredTensor(name, file, _dtype(found["dtype"]), shape, checksums)
@@ -174,9 +178,9 @@ def _shape(sizes: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _checksum(value: Any) -> str:
-    if not isinstance(value, str) or len(value) != 8:
-        raise ValueError(f"{value!r} is no CRC-32")
+def _checksum(value: Any, kind: str) -> str:
+    if not isinstance(value, str) or len(value) != _DIGITS[kind]:
+        raise ValueError(f"{value!r} is no {kind}")
     return value
 
 
