@@ -15,13 +15,13 @@ import pytest
 import yaml
 
 import maiht_lightning
+from helpers import oracle
 from helpers.small_texts import load_script
 from maiht_lightning import cli
 from maiht_lightning.command_line.catalog import COMMANDS, group_help
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ORACLE = Path(os.environ.get("MAIHT_ORACLE_DIR", ROOT.parent / "shared" / "oracle"))
 
 
 def block_of(page, language):
@@ -199,9 +199,9 @@ def test_the_figures_of_layers_are_what_the_code_computes(tmp_path, monkeypatch)
     from PIL import Image
 
     script = load_script("draw_layers", monkeypatch)
-    if not ORACLE.is_dir():
-        pytest.skip("MAIHT_ORACLE_DIR is not there")
-    layers = script.load_layers(ORACLE)
+    if not oracle.FOLDER.is_dir():
+        pytest.skip(oracle.MISSING)
+    layers = script.load_layers(oracle.FOLDER)
 
     def drawn(name):
         with Image.open(DOCS / "figures" / f"{name}.png") as image:

@@ -1,16 +1,15 @@
 """Baselines: SparseGPT, ADMM-Grad, Wanda and magnitude against plainly written float64 references."""
 
-import os
 from fractions import Fraction
+from itertools import product
 from math import floor
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
+from helpers import oracle
 from helpers.counts import check_zeros, floor_of
 from maiht_lightning.solvers import LayerSolver, MAIHTConfig, PruningSpec, admm, parse_pattern, prune_layer, sparsegpt
 from maiht_lightning.solvers.problem import scale_gram
@@ -257,22 +256,18 @@ def test_any_layer_gets_finite_weights_and_exact_counts(data):
     assert 0 <= first.relative_error < 10
 
 
-ORACLE = Path(os.environ.get("MAIHT_ORACLE_DIR") or Path(__file__).parents[3] / "shared" / "oracle")
-REAL_LAYERS = [
-    (file, pattern, sparsity)
-    for file in sorted(ORACLE.glob("*.safetensors"))
-    for pattern, sparsity in (("unstructured", 0.5), ("unstructured", 0.7), ("2:4", 0.5))
-] or [pytest.param(None, "", 0.0, marks=pytest.mark.skip("no reference layers: set MAIHT_ORACLE_DIR"))]
-
-
-@pytest.mark.parametrize(("file", "pattern", "sparsity"), REAL_LAYERS)
-def test_methods_rank_on_real_layers(file, pattern, sparsity):
+@pytest.mark.parametrize(
+    ("layer", "setting"),
+    oracle.cases(*product(oracle.LAYERS, (("unstructured", 0.5), ("unstructured", 0.7), ("2:4", 0.5)))),
+)
+def test_methods_rank_on_real_layers(layer, setting):
     """By layer error in the order in which publications have them by perplexity.
 
     How far apart they are no publication says. The factors guard what was measured on these two layers, at most 0.849
     for ADMM, 0.838 for mAIHT (0.943 with 2:4), 0.804 for SparseGPT and 0.515 for Wanda.
     """
-    tensors = load_file(file)
+    pattern, sparsity = setting
+    tensors = oracle.load(layer)
     error = {
         method: prune_layer(
             tensors["weight"], tensors["gram"], sparsity=sparsity, pattern=pattern, method=method

@@ -1,19 +1,15 @@
 """The solver against the answers of the mAIHT authors' published implementation on two real layers."""
 
-import os
-from functools import cache
 from itertools import product
 from math import floor, log10
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
+from helpers.oracle import FOLDER, LAYERS, MISSING, load
 from maiht_lightning.solvers import parse_pattern, prune_layer, resolve_config
 from maiht_lightning.solvers.maiht import step_size
 from maiht_lightning.solvers.problem import relative_error, scale_gram
 
-LAYERS = ("layers.3.self_attn.k_proj", "layers.12.self_attn.v_proj")
 CASES = {
     "maiht_50": {"sparsity": 0.5},
     "maiht_70": {"sparsity": 0.7},
@@ -23,31 +19,21 @@ CASES = {
 OVERSHOT = ("layers.12.self_attn.v_proj", "maiht_70")
 
 
-FOLDER = Path(os.environ.get("MAIHT_ORACLE_DIR") or Path(__file__).parents[3] / "shared" / "oracle")
 if not FOLDER.is_dir():
-    pytest.skip(f"no reference solutions: MAIHT_ORACLE_DIR is unset and {FOLDER} is not there", allow_module_level=True)
+    pytest.skip(MISSING, allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def oracle():
-    @cache
-    def load(layer):
-        return load_file(FOLDER / f"{layer}.safetensors")
-
-    return load
-
-
-def test_step_size(oracle):
+def test_step_size():
     for layer in LAYERS:
-        tensors = oracle(layer)
+        tensors = load(layer)
         # The authors' λmax is that of a float32 eigensolver, ours an upper estimate.
         step = step_size(scale_gram(tensors["gram"]), resolve_config("paper"))
         assert step == pytest.approx(tensors["step_size"].item(), rel=2e-5)
 
 
 @pytest.mark.parametrize(("layer", "case"), [pair for pair in product(LAYERS, CASES) if pair != OVERSHOT])
-def test_weight_is_the_authors(oracle, layer, case):
-    tensors = oracle(layer)
+def test_weight_is_the_authors(layer, case):
+    tensors = load(layer)
     expected = tensors[case]
     result = prune_layer(tensors["weight"], tensors["gram"], config="paper", **CASES[case])
 
@@ -59,7 +45,7 @@ def test_weight_is_the_authors(oracle, layer, case):
     assert (result.weight - expected)[both].norm() <= 5e-3 * expected[both].norm()
 
 
-def test_overshot_support(oracle):
+def test_overshot_support():
     """λ goes too far at 70 % of this layer: 32,880 weights are left of the 33,178 to keep.
 
     The authors' top-k then fills up with zeros that happen to come first, and refines them; ours takes those
@@ -67,7 +53,7 @@ def test_overshot_support(oracle):
     missing, and ours has the lower error.
     """
     layer, case = OVERSHOT
-    tensors = oracle(layer)
+    tensors = load(layer)
     weight, gram, expected = tensors["weight"], tensors["gram"], tensors[case]
     pattern = parse_pattern("unstructured", 0.7)
     scaled = scale_gram(gram)

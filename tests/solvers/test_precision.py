@@ -1,14 +1,13 @@
 """Precisions: products from half-precision ones, what they do to results, and where each is used."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
+from itertools import product
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers import oracle
 from helpers.problems import make_problem
 from maiht_lightning.solvers import LayerSolver, MAIHTConfig, PruningSpec, precision, prune_layer
 from maiht_lightning.solvers.config import PRESETS
@@ -148,14 +147,12 @@ def test_weights_that_were_fitted_to_dense_outputs(config):
         assert not torch.equal(found.mask, prune_layer(weight, gram, config=replace(config, precision=name)).mask)
 
 
-@pytest.mark.parametrize("preset", ["paper", "balanced"])
-@pytest.mark.parametrize("setting", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=str)
+@pytest.mark.parametrize(
+    ("preset", "setting"), oracle.cases(*product(("paper", "balanced"), ({"sparsity": 0.5}, {"pattern": "2:4"})))
+)
 def test_a_real_layer_is_as_in_float32(preset, setting):
     """The bounds of scripts/bench_precision.py, which has more layers."""
-    folder = Path(os.environ.get("MAIHT_ORACLE_DIR") or Path(__file__).parents[3] / "shared" / "oracle")
-    if not folder.is_dir():
-        pytest.skip(f"no real layers: MAIHT_ORACLE_DIR is unset and {folder} is not there")
-    tensors = load_file(folder / "layers.12.self_attn.v_proj.safetensors")
+    tensors = oracle.load("layers.12.self_attn.v_proj")
     found = pruned(tensors["weight"], tensors["gram"], PRESETS[preset], **setting)
     base = found["float32"]
     assert found["mixed"].relative_error == pytest.approx(base.relative_error, rel=3e-3)
