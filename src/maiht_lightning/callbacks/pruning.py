@@ -18,7 +18,7 @@ from ..data.calibration import CalibrationSource
 from ..evaluation.evaluation import Evaluation
 from ..interrupts import interrupts
 from ..models.offload import is_sharded
-from ..pruning.pruner import check_windows, has_zeros
+from ..pruning.checks import check_windows, has_zeros
 from ..records import LayerRecord, PruningReport
 from ..reporting.hub import check_repo_id
 from ..reporting.summary import Summary

@@ -24,8 +24,9 @@ from ..evaluation.evaluation import LoadedEvaluation, context_length
 from ..models.blocks import find_blocks, refuse_adapters, weight_of
 from ..models.rotary import restore_frequencies
 from ..models.sparsity import count_zeros, measured_sparsity
+from ..pruning.checks import check_weights, check_windows
 from ..pruning.journal import drop_weights
-from ..pruning.pruner import check_weights, check_windows, prune_model
+from ..pruning.pruner import prune_model
 from ..records import LayerRecord, PruningReport, StageResult
 from ..reporting.hub import push
 from ..reporting.recorder import RunRecorder
