@@ -185,7 +185,6 @@ def test_wandb_is_told_the_same_when_a_run_is_done_again(run, tmp_path, no_warni
 
 @pytest.mark.slow
 def test_tensorboard_is_told_the_same(run, tmp_path, no_warnings_of_loggers):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path / "board")
