@@ -187,15 +187,18 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     torch_device = torch.device("cpu" if device.is_host else "cuda")
     forward = shape.blocks * _passes(shape, job, tokens)
     grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
-    if job.settings.dense_targets:
-        # The products of two different inputs have no symmetry to be saved.
-        grams += shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams)
+    # The products of two different inputs have no symmetry to be saved, and a difference is not of half precision.
+    drifts = shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams) if job.settings.dense_targets else 0.0
     batches = ceil(job.samples / job.batch_size)
     # Per batch, half of a product (in, in) is written and read in float32 and added to the sum in float64. The inputs
-    # (tokens, in) are turned to float32.
-    moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams) + tokens * sum(shape.grams) * (size + 4)
-    gram_rate = device.flops_tf32 if size == 2 or job.settings.precision == "tf32" else device.flops_fp32
-    seconds = forward / _rate(job, device) + grams / gram_rate + shape.blocks * moved / device.bandwidth
+    # (tokens, in) are turned to float32, unless a GPU multiplies them in half precision.
+    moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams)
+    is_direct = size == 2 and not device.is_host
+    is_turned = not is_direct or bool(job.settings.dense_targets)
+    moved += tokens * sum(shape.grams) * (size + 4) * is_turned
+    rounded = device.flops_tf32 if size == 2 or job.settings.precision == "tf32" else device.flops_fp32
+    seconds = forward / _rate(job, device) + grams / (device.flops_bf16 if is_direct else rounded) + drifts / rounded
+    seconds += shape.blocks * moved / device.bandwidth
     # A pass up to the last layer's input has nearly all that lies between the products of a whole one.
     whole_passes = forward / shape.blocks / _forward_flops(shape, job, tokens)
     runs = whole_passes if job.settings.sublayers else 1 + _streams(job) + job.settings.measures_dense
@@ -209,10 +212,10 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     else:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
-    working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest)
+    working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest * is_turned)
     streams = max(_streams(job), 1 + job.settings.measures_dense)
     memory = device.baseline_bytes + _resident(shape, job) + sums + streams * _hidden(shape, job) + working
-    return Phase("capture", forward + grams, seconds, memory)
+    return Phase("capture", forward + grams + drifts, seconds, memory)
 
 
 def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
