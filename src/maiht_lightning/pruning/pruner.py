@@ -167,7 +167,9 @@ def prune_model(
     check_weights(model, blocks, spec, on_disk_allowed=journal_dir is not None)
     check_windows(windows, model)
     batches = _share_of_batches(windows, batch_size, ranks)
+    started = time.perf_counter()
     journal = None if journal_dir is None else _open_journal(journal_dir, spec, model, windows, ranks)
+    journal_seconds = 0.0 if journal is None else time.perf_counter() - started
     journal_dir = None if journal_dir is None else Path(journal_dir)
     loader = BlockLoader(blocks, device)
     if hidden_states == "auto":
@@ -199,6 +201,7 @@ def prune_model(
         dense = inputs.twin(store) if spec.config.has_dense_stream else None
         pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar, dense, patterns, record, on_retry)
         pruner.report.capture_seconds = time.perf_counter() - started
+        pruner.report.journal_seconds = journal_seconds
         for records in pruner.run():
             if on_block is not None:
                 on_block(records)
