@@ -104,7 +104,7 @@ def test_a_fit_ends_pruned_saved_and_measured(module, text, no_figures, tmp_path
     summary = json.loads((run / "summary.json").read_text())
     assert summary["measured_sparsity"] == zeros / sum(weight.numel() for weight in weights(model).values())
     assert summary["measured_sparsity"] == pytest.approx(sparsity, abs=0.02)  # rows are short
-    assert set(summary["seconds"]) == {"fit", "capture", "solve", "evaluate"}
+    assert set(summary["seconds"]) == {"fit", "capture", "solve", "journal", "evaluate"}
     assert summary["peak_memory_bytes"] > 0
     measured = {stage: found["perplexity"]["random"] for stage, found in summary["stages"].items()}
     expected = {
