@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maiht_lightning.estimate.devices import GIB, SHEETS, find_device
+from maiht_lightning.estimate.devices import GIB, SHEETS, Device, find_device
 from maiht_lightning.estimate.plan import Estimate, Job, estimate
 from maiht_lightning.estimate.shape import ModelShape
 from maiht_lightning.pruning.pruner import prune
@@ -35,12 +35,14 @@ SHAPES = {
     "7b": (4096, 11008, 32, 32, 32, 32000),
     "13b": (5120, 13824, 40, 40, 40, 32000),
     "70b-shape": (8192, 28672, 80, 64, 8, 32000),
+    "tiny": (64, 160, 2, 4, 2, 256),  # for rehearsals
 }
 
 
-def make_model(name: str, blocks: int | None, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+def make_config(name: str, blocks: int | None = None) -> LlamaConfig:
+    """The config of one of `SHAPES`, with all of its blocks or so many."""
     hidden, inner, all_blocks, heads, kv_heads, vocabulary = SHAPES[name]
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=blocks or all_blocks,
@@ -49,6 +51,10 @@ def make_model(name: str, blocks: int | None, dtype: torch.dtype, device: torch.
         vocab_size=vocabulary,
         max_position_embeddings=2048,
     )
+
+
+def make_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device | str) -> LlamaForCausalLM:
+    """A model with random weights; on the device `meta` with none."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
     # Only what is asked for is ever allocated, and where it is asked for.
@@ -74,6 +80,71 @@ def rate_of(phase: str, job: Job, device: Any) -> float:
     return device.flops_tf32 if precision == "tf32" else device.flops_fp32
 
 
+def bench(name: str, blocks: int | None, job: Job, device: torch.device, local: Device | None = None) -> dict[str, Any]:
+    """Prune a model of a shape, and say what each phase took beside what it was predicted to take.
+
+    Args:
+        name: One of `SHAPES`.
+        blocks: Only so many blocks.
+        job: How it is pruned.
+        device: Where.
+        local: What this machine was measured to do; by default it is measured.
+
+    Returns:
+        What is written as JSON.
+    """
+    begun = time.perf_counter()
+    home = torch.device("cpu") if job.offload == "cpu" else device
+    model = make_model(make_config(name, blocks), getattr(torch, job.dtype), home)
+    seconds_to_make = time.perf_counter() - begun
+    shape = ModelShape.of(model, name)
+    if local is None:
+        local = find_device("local", shape.hidden, max(shape.grams))
+    windows = torch.randint(0, shape.vocabulary, (job.samples, job.seqlen), generator=torch.Generator().manual_seed(0))
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    report = prune(
+        model,
+        windows,
+        method=job.method,
+        config=job.config,
+        batch_size=job.batch_size,
+        device=device,
+    )
+    seconds = time.perf_counter() - begun
+
+    predicted: dict[str, Estimate] = {"local": estimate(shape, job, local)}
+    predicted |= {sheet: estimate(shape, job, SHEETS[sheet]) for sheet in ("a100-80gb", "h100-80gb")}
+    measured = {"capture": report.capture_seconds, "solve": report.solve_seconds}
+    phases: dict[str, dict[str, Any]] = {}
+    for phase in predicted["local"].phases:
+        achieved = phase.flops / measured[phase.name]
+        phases[phase.name] = {
+            "seconds": measured[phase.name],
+            "flops": phase.flops,
+            "fraction_of_measured_peak": achieved / rate_of(phase.name, job, local),
+            "predicted_seconds": {
+                place: next(p.seconds for p in found.phases if p.name == phase.name)
+                for place, found in predicted.items()
+            },
+        }
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "measured_device": asdict(local),
+        "model": name,
+        "blocks": shape.blocks,
+        "job": asdict(job),
+        "seconds": seconds,
+        "seconds_to_make_the_model": seconds_to_make,
+        "peak_bytes": peak_memory_bytes(),
+        "predicted_peak_bytes": {place: found.peak.device_bytes for place, found in predicted.items()},
+        "sparsity": report.sparsity,
+        "phases": phases,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(SHAPES), default="7b")
@@ -91,7 +162,6 @@ def main() -> None:
     options = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    home = torch.device("cpu") if options.offload == "cpu" else device
     config = MAIHTConfig(
         iterations=options.iterations, refine_iterations=options.refine_iterations, precision=options.precision
     )
@@ -105,59 +175,13 @@ def main() -> None:
         offload=options.offload,
         eval_windows=0,
     )
-    begun = time.perf_counter()
-    model = make_model(options.model, options.blocks, getattr(torch, options.dtype), home)
-    seconds_to_make = time.perf_counter() - begun
-    shape = ModelShape.of(model, options.model)
-    local = find_device("local", shape.hidden, max(shape.grams))
-    windows = torch.randint(0, shape.vocabulary, (job.samples, job.seqlen), generator=torch.Generator().manual_seed(0))
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    begun = time.perf_counter()
-    report = prune(
-        model,
-        windows,
-        method=job.method,
-        config=config,
-        batch_size=job.batch_size,
-        device=device,
-    )
-    seconds = time.perf_counter() - begun
-
-    predicted: dict[str, Estimate] = {"local": estimate(shape, job, local)}
-    predicted |= {name: estimate(shape, job, SHEETS[name]) for name in ("a100-80gb", "h100-80gb")}
-    measured = {"capture": report.capture_seconds, "solve": report.solve_seconds}
-    phases: dict[str, dict[str, Any]] = {}
-    for phase in predicted["local"].phases:
-        achieved = phase.flops / measured[phase.name]
-        phases[phase.name] = {
-            "seconds": measured[phase.name],
-            "flops": phase.flops,
-            "fraction_of_measured_peak": achieved / rate_of(phase.name, job, local),
-            "predicted_seconds": {
-                name: next(p.seconds for p in found.phases if p.name == phase.name) for name, found in predicted.items()
-            },
-        }
-    result = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "measured_device": asdict(local),
-        "model": options.model,
-        "blocks": shape.blocks,
-        "job": asdict(job),
-        "seconds": seconds,
-        "seconds_to_make_the_model": seconds_to_make,
-        "peak_bytes": peak_memory_bytes(),
-        "predicted_peak_bytes": {name: found.peak.device_bytes for name, found in predicted.items()},
-        "sparsity": report.sparsity,
-        "phases": phases,
-    }
-    print(f"{options.model}, {shape.blocks} blocks, {job.samples} x {job.seqlen} tokens on {result['device']}")
-    for name, phase_found in phases.items():
+    result = bench(options.model, options.blocks, job, device)
+    print(f"{options.model}, {result['blocks']} blocks, {job.samples} x {job.seqlen} tokens on {result['device']}")
+    for name, phase_found in result["phases"].items():
         other = ", ".join(f"{place} {value:.2f} s" for place, value in phase_found["predicted_seconds"].items())
         share = phase_found["fraction_of_measured_peak"]
         print(f"{name}: {phase_found['seconds']:.2f} s, {share:.0%} of the measured peak; predicted: {other}")
-    print(f"peak memory {result['peak_bytes'] / GIB:.2f} GiB; in all {seconds:.1f} s")
+    print(f"peak memory {result['peak_bytes'] / GIB:.2f} GiB; in all {result['seconds']:.1f} s")
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -33,6 +33,17 @@ def one_thread(request):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def gpu():
+    """The CUDA device, or what `MAIHT_TEST_DEVICE` names, with which tests of GPUs are rehearsed without one."""
+    import torch
+
+    device = torch.device(os.environ.get("MAIHT_TEST_DEVICE", "cuda"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return device
+
+
 REAL_DATA = Path(os.environ.get("MAIHT_DATA_DIR") or ROOT.parent / "shared" / "data")
 
 

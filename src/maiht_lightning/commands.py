@@ -125,6 +125,7 @@ def estimate(args: list[str]) -> None:
     from .estimate.run_file import read_run_file
     from .estimate.shape import ModelShape
     from .estimate.table import phase_table
+    from .estimate.tasks import TASKS
 
     parser = CommandParser(
         prog="maiht estimate", description="Predict memory and time of a run from a model's config; loads no weights."
@@ -158,6 +159,8 @@ def estimate(args: list[str]) -> None:
     Console().print(phase_table(found, f"{settings.model}: {shape.parameters / 1e9:.2f} B parameters on {device.name}"))
     for note in notes if settings.train_steps == 0 else []:
         print(f"Of {file}: {note}.")
+    if unknown := [task for task in job.tasks if task not in TASKS]:
+        print(f"Not in it: the tasks {', '.join(unknown)}, whose size is not known here.")
     for sentence in advice or [f"All of it fits into the {device.memory / 2**30:.0f} GiB of {device.name}."]:
         print(sentence)
 

@@ -58,6 +58,8 @@ class PruningReport:
         solve_seconds: Wall-clock time of the solver, in seconds.
         reconstruction_seconds: Wall-clock time of the blocks' reconstruction, in seconds.
         resumed: Blocks that came finished from the journal; their work is in none of these times.
+        journal_seconds: Wall-clock time of opening the journal, for which the model's weights are digested, and of
+            writing finished blocks to it, in seconds.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)
@@ -65,11 +67,12 @@ class PruningReport:
     solve_seconds: float = 0.0
     resumed: int = 0
     reconstruction_seconds: float = 0.0
+    journal_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Wall-clock time of all parts, in seconds."""
-        return self.capture_seconds + self.solve_seconds + self.reconstruction_seconds
+        return self.capture_seconds + self.solve_seconds + self.reconstruction_seconds + self.journal_seconds
 
     @property
     def sparsity(self) -> float:

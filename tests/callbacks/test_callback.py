@@ -21,6 +21,7 @@ from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
 from helpers.sharp_model import perplexity_by_definition
 from helpers.wandb_file import artifact_files, read_run
 from maiht_lightning import MAIHTPruning
+from maiht_lightning.callbacks import verification
 from maiht_lightning.models.sparsity import count_zeros, measured_sparsity
 from maiht_lightning.pruning.pruner import prune_model
 
@@ -103,7 +104,7 @@ def test_a_fit_ends_pruned_saved_and_measured(module, text, no_figures, tmp_path
     summary = json.loads((run / "summary.json").read_text())
     assert summary["measured_sparsity"] == zeros / sum(weight.numel() for weight in weights(model).values())
     assert summary["measured_sparsity"] == pytest.approx(sparsity, abs=0.02)  # rows are short
-    assert set(summary["seconds"]) == {"fit", "capture", "solve", "evaluate"}
+    assert set(summary["seconds"]) == {"fit", "capture", "solve", "journal", "evaluate"}
     assert summary["peak_memory_bytes"] > 0
     measured = {stage: found["perplexity"]["random"] for stage, found in summary["stages"].items()}
     expected = {
@@ -129,7 +130,11 @@ def test_a_fit_ends_pruned_saved_and_measured(module, text, no_figures, tmp_path
 
 
 def test_gradients_and_moments_are_freed_before_pruning(module, text, no_figures, tmp_path, monkeypatch):
-    held = {}
+    held = {"given_back": 0}
+
+    def give_back():
+        # Nothing is given back that is still in use.
+        held["given_back"] += not any(optimizer.state for optimizer in module.trainer.optimizers)
 
     def look(model, *args, **kwargs):
         held["gradients"] = [p.grad for p in module.parameters() if p.grad is not None]
@@ -137,8 +142,17 @@ def test_gradients_and_moments_are_freed_before_pruning(module, text, no_figures
         return prune_model(model, *args, **kwargs)
 
     monkeypatch.setattr("maiht_lightning.callbacks.pruning_run.prune_model", look)
+    monkeypatch.setattr("maiht_lightning.callbacks.pruning.release_memory", give_back)
     trainer(pruning(tmp_path)).fit(module)
-    assert held == {"gradients": [], "moments": [0]}
+    assert held == {"gradients": [], "moments": [0], "given_back": 1}
+
+
+def test_when_a_fit_ends_zeros_are_counted_once(module, text, no_figures, tmp_path, monkeypatch):
+    """The Trainer has moved the model to the CPU by then: its gigabytes should be read no oftener."""
+    counted = []
+    monkeypatch.setattr(verification, "count_zeros", lambda model: counted.append(model) or count_zeros(model))
+    trainer(pruning(tmp_path)).fit(module)
+    assert len(counted) == 1
 
 
 def test_bf16_true(module, text, no_figures, tmp_path):

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.families import VOCABULARY, make
 from maiht_lightning.capture.block_inputs import record_inputs
-from maiht_lightning.capture.grams import accumulate_grams, add_gram, mirror_, slice_rows
+from maiht_lightning.capture.grams import accumulate_grams, add_gram, as_factor, mirror_, multiply, slice_rows
 from maiht_lightning.capture.sublayers import accumulate_group
 from maiht_lightning.models.blocks import find_blocks
 
@@ -23,6 +25,46 @@ def test_slices_make_the_whole_symmetric_matrix(size):
         add_gram(gram, tokens, torch.empty(rows * size))
     whole = batches.double().flatten(0, 1)
     assert torch.equal(mirror_(gram), whole.T @ whole)
+
+
+class Products(TorchDispatchMode):
+    """Notes products with their arguments, and what is turned to float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.turned = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("aten.mm."):
+            self.products.append((args[0].dtype, (kwargs or {}).get("out_dtype", args[2] if len(args) > 2 else None)))
+        self.turned += func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.float32
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_half_precision_is_multiplied_as_it_is(dtype, device):
+    """With tensors that pretend to be on one: shapes, dtypes and arguments are checked, nothing is computed."""
+    with FakeTensorMode(), Products() as seen:
+        tokens = as_factor(torch.empty(30, 64, dtype=dtype, device=device))
+        out = torch.empty(64, 64, device=device)
+        assert multiply(tokens.T, tokens, out) is out
+    direct = device == "cuda" and dtype != torch.float32
+    assert [given for given, _ in seen.products] == [dtype if direct else torch.float32]
+    assert [made for _, made in seen.products] == [torch.float32 if direct else None]
+    assert seen.turned == (not direct and dtype != torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtypes"),
+    [((6, 1), []), ((7, 5), [torch.float16]), ((8, 0), [torch.float16, torch.bfloat16])],
+)
+def test_older_gpus_get_what_they_can_multiply(monkeypatch, capability, dtypes):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        given = [torch.empty(3, 4, dtype=dtype, device="cuda") for dtype in (torch.float16, torch.bfloat16)]
+        assert [factor.dtype for each in given if (factor := as_factor(each)).dtype != torch.float32] == dtypes
 
 
 def test_on_the_way_through_the_block_before_batches_get_its_arguments():

@@ -9,6 +9,7 @@ import yaml
 from maiht_lightning.cli import main
 from maiht_lightning.estimate.plan import Job
 from maiht_lightning.estimate.run_file import read_run_file
+from maiht_lightning.evaluation.lm_eval_tasks import PAPER_TASKS
 from maiht_lightning.solvers import MAIHTConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,6 +36,8 @@ def test_the_papers_run():
         config=MAIHTConfig(),
         optimizer="adamw_8bit",
         eval_batch_size=4,
+        tasks=list(PAPER_TASKS),
+        task_batch_size=32,
     )
     assert Job(**job) == expected
     assert len(notes) == 1
@@ -68,6 +71,9 @@ def test_every_configuration_that_ships_can_be_read(path):
         ({"pruning": {"calibration": {"class_path": "C", "init_args": {"seqlen": 99}}}}, "seqlen", 99),
         ({"pruning": {"evaluation": {"max_windows": 12}}}, "eval_windows", 12),
         ({"pruning": {"evaluation": {"batch_size": 6}}}, "eval_batch_size", 6),
+        ({"pruning": {"evaluation": {"tasks": ["rte", "mine"]}}}, "tasks", ["rte", "mine"]),
+        ({"pruning": {"evaluation": {"limit": 9}}}, "task_limit", 9),
+        ({"pruning": {"evaluation": {"task_batch_size": 16}}}, "task_batch_size", 16),
         # What a run does where nothing is said.
         ({}, "batch_size", 1),
         ({}, "gradient_checkpointing", False),

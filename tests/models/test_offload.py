@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from maiht_lightning.capture.hidden_states import HiddenStateStore, choose_storage
+from maiht_lightning.capture.hidden_states import HiddenStateStore, choose_storage, pinned_bytes
 from maiht_lightning.cli import main
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.models import offload as offload_module
@@ -311,8 +311,8 @@ def test_hidden_states_are_where_they_were_asked_for(tiny_llama, storage, tmp_pa
 def test_by_itself_hidden_states_go_where_there_is_room(tiny_llama, monkeypatch, tmp_path):
     asked, files = [], []
 
-    def choose(size, device, working):
-        asked.append((size, device, working))
+    def choose(size, device, working, pinned):
+        asked.append((size, device, working, pinned))
         return "disk"
 
     monkeypatch.setattr("maiht_lightning.pruning.pruner.choose_storage", choose)
@@ -320,13 +320,16 @@ def test_by_itself_hidden_states_go_where_there_is_room(tiny_llama, monkeypatch,
     settings = {"method": "magnitude", "journal_dir": tmp_path / "journal", "progress": False}
     prune(model, WINDOWS, on_block=lambda _: files.extend(tmp_path.glob("hidden_states_*/*")), **settings)
     assert len(files) == 2 * len(WINDOWS)
-    ((size, device, working),) = asked
-    assert (size, device) == (6 * 32 * 64 * 4, torch.device("cpu"))
+    ((size, device, working, pinned),) = asked
+    # A window's 8 KiB are a power of two.
+    assert (size, device, pinned) == (6 * 32 * 64 * 4, torch.device("cpu"), size)
     # Beside them: float64 Gram matrices of the widths 64 and 128, with copies; 11 matrices of the largest layer and
     # three of a Gram matrix's size in float32; and three blocks, of which the layers are nearly all.
     layers = 64 * (64 + 32 + 32 + 64 + 3 * 128)
     solver = 4 * (11 * 64 * 128 + 3 * 128**2)
-    assert working == 2 * 8 * (64**2 + 128**2) + solver + 3 * 4 * (layers + 2 * 64)
+    # A window of 32 tokens has the layers' outputs and the widest input.
+    batch = 32 * 4 * ((64 + 32 + 32 + 64 + 128 + 128 + 64) + 128)
+    assert working == 2 * 8 * (64**2 + 128**2) + solver + 3 * 4 * (layers + 2 * 64) + batch
 
 
 @pytest.mark.slow
@@ -348,6 +351,11 @@ def test_hidden_states_go_where_there_is_room(monkeypatch):
     assert choose_storage(50, cuda, working=40) == "device"
     assert choose_storage(51, cuda, working=40) == "host"
     assert choose_storage(501, cuda) == "disk"
+    # Pinned memory is what a GPU's wait in, and takes more than they are.
+    assert choose_storage(400, cuda, pinned=501) == "disk"
+    assert choose_storage(50, cuda, working=40, pinned=501) == "device"
+    assert choose_storage(400, torch.device("cpu"), pinned=501) == "host"
+    assert [pinned_bytes(size) for size in (0, 1, 4096, 4097, 2**27, 2**27 + 1)] == [0, 1, 4096, 8192, 2**27, 2**28]
     assert choose_storage(500, torch.device("cpu")) == "host"
     with pytest.raises(ValueError, match="auto, device, host, disk"):
         prune(torch.nn.Module(), WINDOWS, hidden_states="gpu")

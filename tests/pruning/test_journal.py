@@ -548,3 +548,25 @@ def test_a_killed_process_is_resumed_by_another(tmp_path):
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert sum(int((t == 0).sum()) for t in expected.values()) > 10_000
+
+
+def test_what_the_journal_takes_is_counted_and_is_no_solving(make, monkeypatch, tmp_path):
+    """By a clock that stands still but for the journal: 7 s to be opened, and 5 s for each of four blocks."""
+    clock, whole, write = [0.0], fingerprint, Journal.save
+
+    def digest(*arguments):
+        clock[0] += 7
+        return whole(*arguments)
+
+    def save(self, *arguments):
+        clock[0] += 5
+        write(self, *arguments)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("maiht_lightning.pruning.pruner.fingerprint", digest)
+    monkeypatch.setattr(Journal, "save", save)
+    for config in ("paper", "best"):
+        settings = {"config": config, "progress": False}
+        report = prune(make(), WINDOWS, journal_dir=tmp_path / config, **settings)
+        assert (report.journal_seconds, report.seconds) == (27.0, 27.0)
+        assert prune(make(), WINDOWS, **settings).journal_seconds == 0

@@ -18,7 +18,7 @@ from maiht_lightning.records import StageResult, Stages
 from maiht_lightning.reporting.loggers import finish_pruning, log_block, log_stage
 from maiht_lightning.reporting.summary import Summary
 
-SECONDS = ("fit", "capture", "solve", "evaluate")
+SECONDS = ("fit", "capture", "solve", "journal", "evaluate")
 
 
 QUICK = MAIHTConfig(iterations=3, refine_iterations=2)

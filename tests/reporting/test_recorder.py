@@ -139,6 +139,17 @@ def test_a_run_without_a_trainer_is_recorded_whole(tmp_path):
     assert (row["name"], row["relative_error"]) == ("model.layers.0.mlp.up_proj", "0.25")
 
 
+def test_seconds_of_the_journal_are_a_phase_where_there_are_any(tmp_path):
+    record, found = recorder(tmp_path / "run", loggers=[]), report()
+    record.pruned(found)
+    assert "journal" not in record.summary.seconds
+    found.journal_seconds = 4.0
+    record.pruned(found)
+    record.pruned(found)
+    assert record.summary.seconds["journal"] == 8.0
+    assert list(record.summary.seconds_in_order)[-1] == "journal"
+
+
 def test_other_processes_know_the_same_and_write_nothing(tmp_path, capsys):
     logger = Notes()
     record = recorder(tmp_path / "run", loggers=[logger], is_main=False)

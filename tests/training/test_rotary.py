@@ -99,7 +99,9 @@ def test_what_cannot_be_restored_is_refused_before_the_first_step(tiny_llama, tm
 
 
 @pytest.mark.slow
-def test_a_runs_figures_are_those_of_its_saved_folder(tiny_llama, tmp_path, capsys):
+@pytest.mark.parametrize("where", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_a_runs_figures_are_those_of_its_saved_folder(tiny_llama, tmp_path, capsys, request, where):
+    device = request.getfixturevalue("gpu") if where == "gpu" else torch.device("cpu")
     model = tiny_llama(vocab_size=257, max_position_embeddings=512)
     with torch.no_grad():
         for block in model.model.layers:
@@ -118,7 +120,8 @@ def test_a_runs_figures_are_those_of_its_saved_folder(tiny_llama, tmp_path, caps
         "seed_everything": 0,
         "model": {"name_or_path": str(tmp_path / "dense"), "learning_rate": 1e-3},
         "data": {"class_path": "PythonDocsDataModule", "init_args": {"seqlen": 512, "batch_size": 1}},
-        "trainer": {"accelerator": "cpu", "precision": "bf16-true", "max_steps": 2, "limit_val_batches": 0}
+        "trainer": {"accelerator": "gpu" if device.type == "cuda" else "cpu", "devices": 1}
+        | {"precision": "bf16-true", "max_steps": 2, "limit_val_batches": 0}
         | {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
         "pruning": {
             "sparsity": 0.5,
@@ -134,6 +137,7 @@ def test_a_runs_figures_are_those_of_its_saved_folder(tiny_llama, tmp_path, caps
     for stage, folder in (("dense", "model_dense"), ("pruned", "model")):
         output = tmp_path / f"{stage}.json"
         options = ["--perplexity", "[python_docs]", "--seqlen", "512", "--max_windows", "6", "--output", str(output)]
+        options += ["--device", device.type]
         main(["evaluate", "--model", str(tmp_path / "run" / folder), *options])
         found = json.loads(output.read_text())["perplexity"]["python_docs"]
         assert stages[stage]["perplexity"]["python_docs"] == pytest.approx(found, rel=1e-4)

@@ -17,6 +17,7 @@ from ..data.c4 import C4Calibration
 from ..data.calibration import CalibrationSource
 from ..evaluation.evaluation import Evaluation
 from ..interrupts import interrupts
+from ..models.memory import release_memory
 from ..models.offload import is_sharded
 from ..pruning.checks import check_windows, has_zeros
 from ..records import LayerRecord, PruningReport
@@ -321,6 +322,8 @@ class MAIHTPruning(Callback):
             for optimizer in trainer.optimizers:
                 # Its moments are of no more use, and for Adam twice as large as the model.
                 optimizer.state.clear()
+            # Other processes, and what asks how much is free, see it only when the allocator gives it back.
+            release_memory()
             if not self.trained:
                 self.trained = True
                 save_point(trainer, self.run.recorder.folder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.blocks import find_linears, weight_of
-from ..solvers.precision import float32_products
+from ..solvers.precision import can_multiply_halves, float32_products
 from .block_inputs import BlockInputs
 
 # TF32 holds values of these formats exactly: products of such inputs are as good with it as in float32, and far faster.
@@ -78,6 +78,21 @@ def as_multiplied(inputs: Tensor) -> Tensor:
     return inputs.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else inputs
 
 
+def as_factor(inputs: Tensor) -> Tensor:
+    """A layer's inputs (tokens, in) as `add_gram` takes them: half precision on GPUs that multiply it, else float32.
+
+    A GPU forms the exact products of such numbers and sums them in float32, at twice TF32's rate and without a copy.
+    """
+    device = inputs.device
+    if inputs.dtype not in WITHIN_TF32 or device.type != "cuda" or not can_multiply_halves(device):
+        return inputs.float()
+    # GPUs before Ampere have no products of bfloat16.
+    lacks = (
+        inputs.dtype == torch.bfloat16 and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8,)
+    )
+    return inputs.float() if lacks else inputs
+
+
 def slice_rows(size: int, device: torch.device) -> int:
     """Rows of a Gram matrix (in, in) that are computed at a time: an eighth, or more where an eighth is little."""
     least = 256 if device.type == "cpu" else 1024
@@ -91,7 +106,7 @@ def add_gram(gram: Tensor, tokens: Tensor, buffer: Tensor) -> None:
 
     Args:
         gram: The sum (in, in), float64.
-        tokens: X (tokens, in), float32.
+        tokens: X (tokens, in), float32, or what `as_factor` has left in half precision.
         buffer: At least (`slice_rows` · in,), float32, overwritten.
     """
     size = len(gram)
@@ -99,7 +114,14 @@ def add_gram(gram: Tensor, tokens: Tensor, buffer: Tensor) -> None:
     for start in range(0, size, rows):
         part = gram[start : start + rows, start:]  # (rows, in − start)
         product = buffer[: part.numel()].view(part.shape)
-        part += torch.mm(tokens[:, start : start + rows].T, tokens[:, start:], out=product)
+        part += multiply(tokens[:, start : start + rows].T, tokens[:, start:], product)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Write a product of float32 matrices, or of half-precision ones with sums in float32, to `out` (float32)."""
+    if left.dtype == torch.float32:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=torch.float32, out=out)
 
 
 def mirror_(gram: Tensor) -> Tensor:
@@ -165,7 +187,7 @@ class _Collector:
         # The training run may have set another precision for its own products, and autocast.
         tf32 = self.tf32 or inputs.dtype in WITHIN_TF32
         with torch.autocast(gram.device.type, enabled=False), float32_products(tf32=tf32):
-            add_gram(gram, inputs.reshape(-1, inputs.shape[-1]).float(), self.buffer)
+            add_gram(gram, as_factor(inputs.reshape(-1, inputs.shape[-1])), self.buffer)
         if not self.first_batch and name == self.groups[-1].names[0]:
             raise _SeenAll
 

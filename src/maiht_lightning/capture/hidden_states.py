@@ -23,13 +23,19 @@ def check_storage(storage: str) -> str:
     return storage
 
 
-def choose_storage(size: int, device: torch.device, working: int = 0) -> Storage:
+def pinned_bytes(size: int) -> int:
+    """Bytes that a tensor takes in pinned memory: PyTorch's allocator rounds them up to a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def choose_storage(size: int, device: torch.device, working: int = 0, pinned: int | None = None) -> Storage:
     """Choose where hidden states fit: on the device, in half of the free host memory, or on disk.
 
     Args:
         size: Bytes of the hidden states.
         device: Where the blocks are computed.
         working: Bytes that blocks, Gram matrices and solver need on the device beside them.
+        pinned: Bytes that they take in pinned memory, which is where a GPU's wait in the host's; by default `size`.
 
     Returns:
         `device`, `host` or `disk`.
@@ -37,6 +43,7 @@ def choose_storage(size: int, device: torch.device, working: int = 0) -> Storage
     if device.type == "cuda":
         if size <= 0.9 * free_memory(device) - working:
             return "device"
+        size = max(size, pinned or 0)
     elif device.type != "cpu":
         return "device"
     return "host" if size <= available_host_memory() / 2 else "disk"

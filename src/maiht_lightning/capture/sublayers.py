@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models.blocks import find_linears, weight_of
 from ..solvers.precision import float32_products
 from .block_inputs import Batch, BlockInputs
-from .grams import WITHIN_TF32, InputGroup, accumulate_grams, add_gram, as_multiplied, mirror_, slice_rows
+from .grams import WITHIN_TF32, InputGroup, accumulate_grams, add_gram, as_factor, as_multiplied, mirror_, slice_rows
 
 
 @dataclass
@@ -72,9 +72,9 @@ def accumulate_group(
             torch.autocast(seen.device.type, enabled=False),
             float32_products(tf32=tf32 or seen.dtype in WITHIN_TF32),
         ):
-            tokens = seen.float()
-            add_gram(group.gram, tokens, buffer)
+            add_gram(group.gram, as_factor(seen), buffer)
             if dense is not None and group.drift is not None and other is not None:
+                tokens = seen.float()
                 drift = _input_of(dense.block, names[0], other).float() - tokens  # X_d − X (tokens, in)
                 add_product(group.drift, tokens, drift, buffer)
     assert group is not None

@@ -17,6 +17,7 @@ _CHANGES: dict[str, list[dict[str, Any]]] = {
     "solve": [{"offload": "cpu"}],
     "reconstruct": [{"batch_size": 1}, {"offload": "cpu"}],
     "evaluate": [{"eval_batch_size": 1}, {"offload": "cpu"}],
+    "tasks": [{"task_batch_size": 1}, {"offload": "cpu"}],
 }
 
 

@@ -5,7 +5,7 @@ that it moves, divided by the rate of the device's memory.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from math import ceil
 from typing import Literal
 
@@ -13,126 +13,19 @@ import torch
 from torch import nn
 
 from ..capture.grams import slice_rows
-from ..solvers import MAIHTConfig, PruningSpec, splitting
+from ..solvers import PruningSpec, splitting
 from ..solvers.config import HELD_OUT
 from ..solvers.precision import bytes_per_entry, search_form
 from ..solvers.slices import solver_bytes
-from ..validation import check_at_least
 from .devices import GIB, Device, find_device
+from .job import Estimate, Job, Phase
 from .shape import ModelShape
 from .solver import count_solver
+from .tasks import TASKS
 
 # Bytes per weight of an optimizer's state, by the weight's own bytes. In 8 bits each of two moments has a byte, and a
 # float32 scale per 256 of them.
 OPTIMIZERS = {"adamw": lambda itemsize: 2 * itemsize, "adamw_8bit": lambda itemsize: 2 + 8 / 256}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done; the defaults are the paper's.
-
-    Args:
-        dtype: Format of the weights: `bfloat16`, `float16` or `float32`.
-        samples: Calibration windows.
-        seqlen: Tokens per window, in calibration, training and evaluation.
-        batch_size: Windows per calibration forward pass.
-        method: Pruning method.
-        pattern: Sparsity pattern.
-        sparsity: Fraction of zeros.
-        config: A preset's name or settings one by one, as for `MAIHTPruning`.
-        offload: As for `MAIHTPruning`.
-        train_steps: Forward and backward passes; 0 for none.
-        train_batch_size: Windows per pass.
-        gradient_checkpointing: As for `CausalLMModule`.
-        optimizer: As for `CausalLMModule`.
-        eval_windows: Windows of each measurement, before and after the pruning; 166 are WikiText-2's test set in
-            LLaMA's tokens.
-        eval_batch_size: Windows per forward pass of a measurement.
-    """
-
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    samples: int = 128
-    seqlen: int = 2048
-    batch_size: int = 8
-    method: str = "maiht"
-    pattern: str = "unstructured"
-    sparsity: float = 0.5
-    config: MAIHTConfig | str | None = None
-    offload: Literal["none", "cpu", "disk"] = "none"
-    train_steps: int = 0
-    train_batch_size: int = 1
-    gradient_checkpointing: bool = True
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw_8bit"
-    eval_windows: int = 166
-    eval_batch_size: int = 1
-
-    def __post_init__(self) -> None:
-        # Parsing the spec checks the method, the pattern and the sparsity.
-        _ = self.spec
-        for name in ("samples", "seqlen", "batch_size", "train_batch_size", "eval_batch_size"):
-            check_at_least(1, **{name: getattr(self, name)})
-        for name in ("train_steps", "eval_windows"):
-            check_at_least(0, **{name: getattr(self, name)})
-
-    @property
-    def spec(self) -> PruningSpec:
-        """How the layers are pruned."""
-        return PruningSpec.parse(self.sparsity, self.pattern, self.method, self.config)
-
-    @property
-    def settings(self) -> MAIHTConfig:
-        """The settings that `config` stands for."""
-        return self.spec.config
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a weight."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of a run.
-
-    Args:
-        name: `finetune`, `capture`, `solve`, `reconstruct` or `evaluate`.
-        flops: Operations in matrix products.
-        seconds: Wall-clock time.
-        device_bytes: Most memory of the computing device that is in use.
-    """
-
-    name: str
-    flops: float
-    seconds: float
-    device_bytes: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A prediction.
-
-    Args:
-        phases: In the order in which they run.
-        host_bytes: Most host memory beside what the device holds; none where the host's memory is the device's.
-        disk_bytes: The run's folder when it is done: the pruned model and the journal.
-        weights: Bytes of the model.
-    """
-
-    phases: tuple[Phase, ...]
-    host_bytes: float
-    disk_bytes: float
-    weights: float
-
-    @property
-    def peak(self) -> Phase:
-        """The phase that needs most of the device's memory."""
-        return max(self.phases, key=lambda phase: phase.device_bytes)
-
-    @property
-    def flops(self) -> float:
-        """Operations of all phases."""
-        return sum(phase.flops for phase in self.phases)
 
 
 def gram_flops(inputs: int, tokens: int, device: torch.device) -> float:
@@ -155,6 +48,8 @@ def estimate(shape: ModelShape, job: Job, device: Device) -> Estimate:
     phases = [*_finetune(shape, job, device), *_prune(shape, job, device)]
     if job.eval_windows:
         phases.append(_evaluate(shape, job, device))
+    if any(task in TASKS for task in job.tasks):
+        phases.append(_tasks(shape, job, device))
     weights = float(shape.parameters * job.itemsize)
     layers = float(shape.prunable * job.itemsize)
     # Python with its libraries takes about 3 GiB of host memory.
@@ -292,15 +187,18 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     torch_device = torch.device("cpu" if device.is_host else "cuda")
     forward = shape.blocks * _passes(shape, job, tokens)
     grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
-    if job.settings.dense_targets:
-        # The products of two different inputs have no symmetry to be saved.
-        grams += shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams)
+    # The products of two different inputs have no symmetry to be saved, and a difference is not of half precision.
+    drifts = shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams) if job.settings.dense_targets else 0.0
     batches = ceil(job.samples / job.batch_size)
     # Per batch, half of a product (in, in) is written and read in float32 and added to the sum in float64. The inputs
-    # (tokens, in) are turned to float32.
-    moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams) + tokens * sum(shape.grams) * (size + 4)
-    gram_rate = device.flops_tf32 if size == 2 or job.settings.precision == "tf32" else device.flops_fp32
-    seconds = forward / _rate(job, device) + grams / gram_rate + shape.blocks * moved / device.bandwidth
+    # (tokens, in) are turned to float32, unless a GPU multiplies them in half precision.
+    moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams)
+    is_direct = size == 2 and not device.is_host
+    is_turned = not is_direct or bool(job.settings.dense_targets)
+    moved += tokens * sum(shape.grams) * (size + 4) * is_turned
+    rounded = device.flops_tf32 if size == 2 or job.settings.precision == "tf32" else device.flops_fp32
+    seconds = forward / _rate(job, device) + grams / (device.flops_bf16 if is_direct else rounded) + drifts / rounded
+    seconds += shape.blocks * moved / device.bandwidth
     # A pass up to the last layer's input has nearly all that lies between the products of a whole one.
     whole_passes = forward / shape.blocks / _forward_flops(shape, job, tokens)
     runs = whole_passes if job.settings.sublayers else 1 + _streams(job) + job.settings.measures_dense
@@ -314,10 +212,10 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     else:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
-    working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest)
+    working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest * is_turned)
     streams = max(_streams(job), 1 + job.settings.measures_dense)
     memory = device.baseline_bytes + _resident(shape, job) + sums + streams * _hidden(shape, job) + working
-    return Phase("capture", forward + grams, seconds, memory)
+    return Phase("capture", forward + grams + drifts, seconds, memory)
 
 
 def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
@@ -393,3 +291,29 @@ def _evaluate(shape: ModelShape, job: Job, device: Device) -> Phase:
         seconds += 2 * shape.blocks * _block_bytes(shape, job) / device.host_link
         memory += job.eval_windows * job.seqlen * shape.hidden * size
     return Phase("evaluate", flops, seconds, memory)
+
+
+def _tasks(shape: ModelShape, job: Job, device: Device) -> Phase:
+    # All are measured twice, in passes of sequences that lm-eval has sorted by length, so that little is padding.
+    sizes = [TASKS[task].first(job.task_limit) for task in job.tasks if task in TASKS]
+    batch_size, size = job.task_batch_size or job.eval_batch_size, job.itemsize
+    passes = 2 * sum(ceil(each.sequences / batch_size) for each in sizes)
+    block, head, longest = shape.block_counts(size), shape.head_counts(size), max(each.longest for each in sizes)
+    flops = tokens = 0.0
+    for each in sizes:
+        given = 2.0 * each.tokens
+        flops += shape.blocks * _forward_flops(shape, replace(job, seqlen=ceil(each.tokens / each.sequences)), given)
+        flops += 2.0 * given * shape.hidden * shape.vocabulary
+        tokens += given
+    # Short passes take what the weights take to be read, if that is more than their products.
+    weights = float(shape.parameters * size)
+    moved = tokens * (shape.blocks * block.forward + head.forward)
+    seconds = max(flops / _rate(job, device), passes * weights / device.bandwidth) + moved / device.bandwidth_uncached
+    # A model in host memory goes to the device for the tasks, where that has room for it; else each pass brings it.
+    is_whole = job.offload == "none" or 1.5 * weights <= device.memory
+    if job.offload != "none":
+        seconds += (2 if is_whole else passes) * weights / device.host_link
+    resident = weights if is_whole else _resident(shape, job)
+    # The logits (batch, vocabulary) and their logarithms.
+    working = batch_size * longest * (block.peak + 2 * shape.vocabulary * size)
+    return Phase("tasks", flops, seconds, device.baseline_bytes + resident + working)

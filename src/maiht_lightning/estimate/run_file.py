@@ -26,6 +26,9 @@ _PLACES = {
     "optimizer": "model.optimizer",
     "eval_windows": "pruning.evaluation.max_windows",
     "eval_batch_size": "pruning.evaluation.batch_size",
+    "tasks": "pruning.evaluation.tasks",
+    "task_limit": "pruning.evaluation.limit",
+    "task_batch_size": "pruning.evaluation.task_batch_size",
 }
 # What a run has where its file says nothing, and `Job` something else.
 _RUN_DEFAULTS = {"batch_size": 1, "gradient_checkpointing": False, "optimizer": "adamw"}

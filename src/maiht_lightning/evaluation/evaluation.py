@@ -41,7 +41,9 @@ class Evaluation:
         max_windows: Only the first windows of each text or loader, for a quick look.
         limit: Only the first documents of each task, for a quick look.
         num_fewshot: Solved examples before each question of a task; by default the task's own number.
-        batch_size: Windows, or a task's sequences, per forward pass.
+        batch_size: Windows per forward pass.
+        task_batch_size: Sequences of a task per forward pass; by default as many as windows. A task's sequences are
+            short, so that a GPU wants more of them at a time than it has room for windows.
         metrics: Functions of your own that take the model, in eval mode, and return numbers by name.
     """
 
@@ -52,6 +54,7 @@ class Evaluation:
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 1
+    task_batch_size: int | None = None
     metrics: list[Callable[[Any], Mapping[str, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Evaluation:
             )
         if self.seqlen is not None:
             check_at_least(2, seqlen=self.seqlen)
-        for name, least in (("max_windows", 1), ("limit", 1), ("num_fewshot", 0)):
+        for name, least in (("max_windows", 1), ("limit", 1), ("num_fewshot", 0), ("task_batch_size", 1)):
             if getattr(self, name) is not None:
                 check_at_least(least, **{name: getattr(self, name)})
 
@@ -204,7 +207,8 @@ class LoadedEvaluation:
             return found[name]
 
         perplexities = {name: measured(name, partial(text, name)) for name in self.windows}
-        tasks = {name: measured(name, partial(task, name)) for name in self.tasks}
+        sequences = self.settings.task_batch_size or self.settings.batch_size
+        tasks = {name: measured(name, partial(task, name), sequences) for name in self.tasks}
         metrics: dict[str, float] = {}
 
         def own(metric: Callable[[Any], Mapping[str, float]], _: int) -> dict[str, float]:

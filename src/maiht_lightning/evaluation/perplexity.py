@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from tqdm.auto import tqdm
 
 from ..capture.block_inputs import logits_from_hidden, record_inputs
-from ..capture.hidden_states import HiddenStateStore, choose_storage
+from ..capture.hidden_states import HiddenStateStore, choose_storage, pinned_bytes
 from ..data.batches import TokenBatches, Windows
 from ..distributed import Ranks
 from ..models.blocks import evaluation_mode, find_blocks
@@ -188,13 +188,16 @@ def _logits(
             yield input_ids, model(input_ids=input_ids, use_cache=False).logits
         return
     blocks = find_blocks(model)
-    size = sum(batch.numel() for batch in batches) * hidden_bytes(model)
+    sizes = [batch.numel() * hidden_bytes(model) for batch in batches]
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    logits = max(batch.numel() for batch in batches) * embedding.shape[0] * embedding.element_size()
     outer = without_block_weights(model, blocks, device)
     outer_blocks = find_blocks(outer).modules
     with BlockLoader(blocks, device) as loader:
         # Beside the hidden states lie the block at work, the one before it, the one that is read meanwhile, and what
-        # a block computes, which is taken to be as large.
-        storage = choose_storage(size, device, 4 * loader.block_bytes())
+        # a block computes, which is taken to be as large; in the end a batch's logits (batch, seqlen, vocabulary).
+        working = 4 * loader.block_bytes() + logits
+        storage = choose_storage(sum(sizes), device, working, pinned=sum(map(pinned_bytes, sizes)))
         with HiddenStateStore(storage, device) as store:
             inputs = record_inputs(outer, outer_blocks, batches, device=device, store=store)
             for index in tqdm(range(len(loader)), unit="block", **bar):

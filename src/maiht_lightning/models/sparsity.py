@@ -36,9 +36,9 @@ def measured_sparsity(counts: list[LayerCount]) -> float:
     return sum(count.zeros for count in counts) / sum(count.size for count in counts)
 
 
-def layers_that_lost_zeros(model: nn.Module, records: list[LayerRecord]) -> list[str]:
-    """The layers that have fewer zeros than when they were pruned, by their path in the model."""
-    now = {count.name: count.zeros for count in count_zeros(model)}
+def layers_that_lost_zeros(counts: list[LayerCount], records: list[LayerRecord]) -> list[str]:
+    """The layers that have fewer zeros now than when they were pruned, by their path in the model."""
+    now = {count.name: count.zeros for count in counts}
     return [record.name for record in records if now.get(record.name, 0) < record.zeros]
 
 

@@ -213,9 +213,11 @@ class BlockPruner:
 
     def _save(self, index: int, weights: dict[str, Tensor], records: list[LayerRecord]) -> None:
         """Bring a block's weights (out, in) to the disk before the model's change."""
+        start = time.perf_counter()
         with self.ranks.errors_shared():
             if self.journal is not None:
                 self.journal.save(index, weights, records)
+                self.report.journal_seconds += time.perf_counter() - start
 
     def _put(self, index: int, block: nn.Module, weights: dict[str, Tensor]) -> None:
         """Write the pruned weights (out, in) into the block at work, and where the model keeps them."""

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
 from ..capture.block_inputs import BlockInputs, record_inputs
-from ..capture.hidden_states import HiddenStateStore, NoStore, Storage, check_storage, choose_storage
+from ..capture.hidden_states import HiddenStateStore, NoStore, Storage, check_storage, choose_storage, pinned_bytes
 from ..data.batches import CALIBRATION_TOKENS, TokenBatches, Windows
 from ..distributed import Ranks
 from ..models.blocks import evaluation_mode, find_blocks, find_linears, weight_of
@@ -151,11 +151,13 @@ def prune_model(
     check_weights(model, blocks, spec, on_disk_allowed=journal_dir is not None)
     check_windows(windows, model)
     batches = _share_of_batches(windows, batch_size, ranks)
+    started = time.perf_counter()
     journal = None if journal_dir is None else _open_journal(journal_dir, spec, model, windows, ranks)
+    journal_seconds = 0.0 if journal is None else time.perf_counter() - started
     journal_dir = None if journal_dir is None else Path(journal_dir)
     loader = BlockLoader(blocks, device)
     if hidden_states == "auto":
-        hidden_states = _choose_storage(model, sum(batch.numel() for batch in batches), spec, loader)
+        hidden_states = _choose_storage(model, batches, spec, loader)
     layers = sum(1 for _ in blocks.linears())
     started = time.perf_counter()
     # What is made in inference mode, in which a caller may be, could not be differentiated in a reconstruction.
@@ -183,6 +185,7 @@ def prune_model(
         dense = inputs.twin(store) if spec.config.has_dense_stream else None
         pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar, dense, patterns, record, on_retry)
         pruner.report.capture_seconds = time.perf_counter() - started
+        pruner.report.journal_seconds = journal_seconds
         for records in pruner.run():
             if on_block is not None:
                 on_block(records)
@@ -243,8 +246,8 @@ def _allocate(
     return {layer.path: spec.pattern.with_zeros(zeros[layer.path], layer.size) for layer in sizes}
 
 
-def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: BlockLoader) -> Storage:
-    """Choose where hidden states of so many tokens go, with room on the device for a block and its solver."""
+def _choose_storage(model: nn.Module, batches: list[Tensor], spec: PruningSpec, loader: BlockLoader) -> Storage:
+    """Choose where the hidden states of batches go, with room on the device for a block at work and its solver."""
     shapes = [weight_of(linear).shape for linear in find_linears(loader.blocks.modules[0]).values()]
     config, item = spec.config, spec.config.dtype.itemsize
     # Each distinct input has a Gram matrix (in, in), a sum in float64 that is then copied.
@@ -254,4 +257,9 @@ def _choose_storage(model: nn.Module, tokens: int, spec: PruningSpec, loader: Bl
     # Three blocks may be on the device: the one at work, the one before it and the one that is read meanwhile.
     working = grams + solver + 3 * loader.block_bytes()
     streams = 2 if config.has_dense_stream or config.measures_dense else 1
-    return choose_storage(streams * tokens * hidden_bytes(model), loader.device, working)
+    # In a block the outputs of its layers (tokens, out) may all be there, and the widest input in float32.
+    sizes = [batch.numel() * hidden_bytes(model) for batch in batches]
+    item = weight_of(next(iter(find_linears(loader.blocks.modules[0]).values()))).element_size()
+    in_a_block = item * sum(outputs for outputs, _ in shapes) + 4 * max(inputs for _, inputs in shapes)
+    working += max(batch.numel() for batch in batches) * in_a_block
+    return choose_storage(streams * sum(sizes), loader.device, working, pinned=streams * sum(map(pinned_bytes, sizes)))

@@ -163,6 +163,8 @@ class RunRecorder:
         self.summary.add_seconds("solve", report.solve_seconds)
         if report.reconstruction_seconds:
             self.summary.add_seconds("reconstruct", report.reconstruction_seconds)
+        if report.journal_seconds:
+            self.summary.add_seconds("journal", report.journal_seconds)
         if is_last:
             self.summary.measured_sparsity = report.sparsity
         if self.is_main and is_last:

@@ -13,7 +13,7 @@ from ..models.durable import replacing, write_text
 from ..records import LayerRecord, StageResult, Stages
 
 SUMMARY_FILE = "summary.json"
-PHASE_ORDER = ("fit", "capture", "solve", "reconstruct", "finetune", "evaluate")
+PHASE_ORDER = ("fit", "capture", "solve", "reconstruct", "journal", "finetune", "evaluate")
 
 
 def fresh_run_folder(root: str | os.PathLike[str] = "runs") -> Path:
@@ -31,7 +31,8 @@ class Summary:
         pattern: Sparsity pattern.
         measured_sparsity: Fraction of zeros counted over all pruned layers.
         stages: What was measured at each stage.
-        seconds: Wall-clock time per phase: `fit`, `capture`, `solve`, `reconstruct`, `finetune` and `evaluate`.
+        seconds: Wall-clock time per phase: `fit`, `capture`, `solve`, `reconstruct`, `journal`, `finetune` and
+            `evaluate`.
         peak_memory_bytes: Highest GPU memory of the process, or its highest resident memory without a GPU.
         predicted: For runs with a logger, by phase (`capture`, `solve`) what `maiht estimate` makes of this machine:
             `seconds`, `flops` and `device_bytes`.
