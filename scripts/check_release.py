@@ -129,24 +129,31 @@ def build(folder: Path) -> tuple[Path, Path]:
     return wheel, sdist
 
 
-def use(wheel: Path, extra: str, folder: Path) -> None:
-    """Install a wheel with an extra, or with none (""), into an empty environment, and use it there.
+def install(wheel: Path, extra: str, folder: Path) -> None:
+    """Install a wheel with an extra, or with none (""), into a new environment in `folder`.
 
     Raises:
-        Unfit: Something does not work.
+        Unfit: Requirements do not go together, or the extra's module is not there.
     """
-    folder.mkdir()
-    home = folder / "home"
-    home.mkdir()
     python = environment(folder / "venv")
     wanted = f"{wheel}[{extra}]" if extra else str(wheel)
     run([python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wanted], folder)
     run([python, "-m", "pip", "check"], folder)
     if extra:
         run([python, "-c", f"import {MODULES[extra]}"], folder)
+
+
+def use(folder: Path) -> None:
+    """Use what is installed in `folder`, with an empty home, empty caches and no network.
+
+    Raises:
+        Unfit: Something does not work.
+    """
+    home = folder / "home"
+    home.mkdir()
     empty = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    maiht = folder / "venv" / "bin" / "maiht"
-    if "maiht prune" not in run([maiht, "--help"], folder, **empty):
+    python, maiht = (folder / "venv" / "bin" / name for name in ("python", "maiht"))
+    if "\n  prune " not in run([maiht, "--help"], folder, **empty):
         raise Unfit("maiht --help does not list its commands")
     json.loads(run([maiht, "doctor", "--json"], folder, **empty))
     make = "from helpers.byte_model import save_folder; save_folder('small')"
@@ -177,10 +184,13 @@ def main() -> None:
         check_sdist(sdist, tracked("src", *NEEDED, *FOLDERS))
         print(f"{wheel.name} and {sdist.name} are whole", flush=True)
         for extra in chosen:
-            use(wheel, extra, folder / (extra or "alone"))
+            place = folder / (extra or "alone")
+            place.mkdir()
+            install(wheel, extra, place)
+            use(place)
             print(f"installed and used {f'with {extra}' if extra else 'alone'}", flush=True)
             # An environment is some gigabytes.
-            shutil.rmtree(folder / (extra or "alone"))
+            shutil.rmtree(place)
         if args.keep is not None:
             args.keep.mkdir(parents=True, exist_ok=True)
             for file in (wheel, sdist):

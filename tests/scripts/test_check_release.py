@@ -84,13 +84,12 @@ def test_every_extra_is_tried_in_turn(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, "check_wheel", lambda *_: None)
     monkeypatch.setattr(script, "check_sdist", lambda *_: None)
 
-    def use(wheel, extra, folder):
-        folder.mkdir()
-        tried.append(extra)
-
-    monkeypatch.setattr(script, "use", use)
+    monkeypatch.setattr(script, "install", lambda wheel, extra, folder: tried.append(extra))
+    used = []
+    monkeypatch.setattr(script, "use", lambda folder: used.append(folder.is_dir()))
     run_script(script, monkeypatch, "--extras", "all", "--keep", tmp_path / "dist")
     assert tried == ["", *extras]
+    assert used == [True] * len(tried)
     assert {path.name for path in (tmp_path / "dist").iterdir()} == {"a.whl", "a.tar.gz"}
     assert len(re.findall("installed and used", capsys.readouterr().out)) == len(tried)
     tried.clear()
