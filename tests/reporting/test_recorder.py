@@ -222,3 +222,16 @@ assert not found, found
 """
     source = str(Path(__file__).parents[2] / "src")
     subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {source!r})\n{script}"], check=True)
+
+
+def test_sentences_are_not_broken_in_a_log_file(tmp_path, monkeypatch, capsys):
+    from maiht_lightning.reporting.run.console import print_run
+
+    monkeypatch.setenv("COLUMNS", "40")
+    phases = dict.fromkeys(("fit", "capture", "solve", "finetune", "evaluate"), 1234.0)
+    predicted = {phase: {"seconds": 1234.0} for phase in ("capture", "solve", "reconstruct")}
+    summary = Summary("maiht", 0.5, "row", seconds=phases, peak_memory_bytes=2**30, predicted=predicted)
+    print_run(summary, [], tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    for begins, ends in (("Time: fit 1234 s", "Peak memory: 1.0 GiB."), ("Predicted for", "reconstruct 1234 s.")):
+        assert any(line.startswith(begins) and line.endswith(ends) for line in lines), lines

@@ -81,6 +81,10 @@ class MissingTokenizer:
         return self()
 
 
+# Transformers 5.24 has renamed the argument.
+CACHE_NAMES = ("past_key_values", "cache")
+
+
 class TrainingWindows:
     """The windows that a model is trained on first, with as many tokens as calibration takes.
 
@@ -130,7 +134,8 @@ class TrainingWindows:
             given = signature(backbone.forward).bind_partial(*args, **kwargs).arguments
             given = {**given, **given.get("kwargs", {})}
             # What is generated has a cache, and embeddings are no tokens.
-            if not self.is_listening or given.get("input_ids") is None or given.get("past_key_values") is not None:
+            has_cache = any(given.get(name) is not None for name in CACHE_NAMES)
+            if not self.is_listening or given.get("input_ids") is None or has_cache:
                 return
             windows = Windows.parse(given)
             check(windows)

@@ -50,11 +50,11 @@ def _save(trainer: Trainer, path: Path) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         # A folder with each process's shards.
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         return
     usual, strategy.checkpoint_io = strategy.checkpoint_io, _StreamingIO()
     try:
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
     finally:
         strategy.checkpoint_io = usual
 

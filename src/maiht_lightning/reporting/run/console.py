@@ -19,10 +19,10 @@ def print_run(summary: Summary, records: list[LayerRecord], folder: Path) -> Non
     console.print(stage_table(summary.stages, title))
     console.print(layer_table(records))
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary.seconds_in_order.items())
-    console.print(f"Time: {seconds}. Peak memory: {summary.peak_memory_bytes / 2**30:.1f} GiB.")
+    console.print(f"Time: {seconds}. Peak memory: {summary.peak_memory_bytes / 2**30:.1f} GiB.", soft_wrap=True)
     if summary.predicted:
         seconds = ", ".join(f"{name} {found['seconds']:.0f} s" for name, found in summary.predicted.items())
-        console.print(f"Predicted for this machine: {seconds}.")
+        console.print(f"Predicted for this machine: {seconds}.", soft_wrap=True)
     loads = "; model/ loads with from_pretrained" if (folder / "model").is_dir() else ""
     console.print(f"Files: {folder} (report.html to look at{loads})", soft_wrap=True)
 
