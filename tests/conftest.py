@@ -35,13 +35,12 @@ def one_thread(request):
 
 @pytest.fixture
 def gpu():
-    """The CUDA device, or what `MAIHT_TEST_DEVICE` names, with which tests of GPUs are rehearsed without one."""
-    import torch
+    """The device of tests of GPUs."""
+    from helpers import device
 
-    device = torch.device(os.environ.get("MAIHT_TEST_DEVICE", "cuda"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return device
+    if not device.THERE:
+        pytest.skip(device.MISSING)
+    return device.DEVICE
 
 
 REAL_DATA = Path(os.environ.get("MAIHT_DATA_DIR") or ROOT.parent / "shared" / "data")

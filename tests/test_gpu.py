@@ -5,13 +5,16 @@
 
 import copy
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
+from helpers import device
 from helpers.byte_model import byte_tokenizer, llama_config, save_folder
+from helpers.problems import make_problem
 from helpers.small_task import write_boolq
 from maiht_lightning import MAIHTConfig, prune, prune_layer
 from maiht_lightning.capture.block_inputs import record_inputs
@@ -21,8 +24,12 @@ from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.evaluation.zero_shot import zero_shot
 from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_linears, weight_of
 from maiht_lightning.models.loading import load_model
+from maiht_lightning.solvers import resolve_config
 
 pytestmark = pytest.mark.gpu
+# Once for all of them.
+if not device.THERE:
+    pytest.skip(device.MISSING, allow_module_level=True)
 
 CONFIG = MAIHTConfig(iterations=20, refine_iterations=10)
 WINDOWS = torch.randint(0, 256, (6, 64), generator=torch.Generator().manual_seed(1))
@@ -65,6 +72,21 @@ def test_the_same_result_twice(gpu, precision):
     assert_same(again, weights)
     assert [r.relative_error for r in first.layers] == [r.relative_error for r in second.layers]
     assert all(record.zeros == record.shape[0] * record.shape[1] // 2 for record in first.layers)
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_precisions_on_a_gpu(gpu, preset):
+    """Against float32 on the same GPU, whose tensor cores add up in their own way."""
+    weight, gram = (tensor.float().to(gpu) for tensor in make_problem(7, 384, 512, spread=1.5))
+    found = {
+        name: prune_layer(weight, gram, config=replace(resolve_config(preset), precision=name))
+        for name in ("float32", "fp16x3", "mixed")
+    }
+    auto = prune_layer(weight, gram, config=preset)
+    base = found["float32"].relative_error
+    assert found["fp16x3"].relative_error == pytest.approx(base, rel=1e-4 if preset == "paper" else 3e-3)
+    assert found["mixed"].relative_error == pytest.approx(base, rel=3e-3)
+    assert torch.equal(auto.weight, found["mixed" if gpu.type == "cuda" else "float32"].weight)
 
 
 @pytest.mark.parametrize("setting", ["paper", "balanced", "best"])
