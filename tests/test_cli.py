@@ -514,7 +514,8 @@ def test_scripts_set_the_spinning_before_torch_is_loaded():
         uses = re.search(
             r"^(import torch|from (torch|maiht_lightning|transformers)\b)|^exec \.venv", text, re.MULTILINE
         )
-        if uses and name not in ("render_docs.py", "docs.sh", "docs_hooks.py"):  # these load no torch
+        # Three of them load no torch, and one is the parts of another.
+        if uses and name not in ("render_docs.py", "docs.sh", "docs_hooks.py", "gpu_parts.py"):
             seen += 1
             assert 0 < text.find("GOMP_SPINCOUNT") < uses.start(), name
     assert seen >= 10
