@@ -326,6 +326,9 @@ JOB = Job(
     optimizer="adamw",
     eval_windows=7,
     eval_batch_size=3,
+    tasks=["rte"],
+    task_limit=100,
+    task_batch_size=5,
 )
 
 

@@ -127,17 +127,18 @@ def test_batch_size_is_what_the_model_sees_and_changes_nothing(long_llama, token
     assert one["arc_easy"]["acc"] == five["arc_easy"]["acc"]
 
 
-@pytest.mark.parametrize(("settings", "seen"), [({}, {2}), ({"task_batch_size": 3}, {2, 3})])
-def test_tasks_have_a_batch_size_of_their_own(long_llama, tokenizer, local_data, settings, seen):
+@pytest.mark.parametrize(("settings", "largest"), [({}, 2), ({"task_batch_size": 3}, 3)])
+def test_tasks_have_a_batch_size_of_their_own(long_llama, tokenizer, local_data, settings, largest):
     windows = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
     evaluation = Evaluation(perplexity={"mine": [windows]}, tasks=["arc_easy"], limit=3, batch_size=2, **settings)
     loaded, sizes = evaluation.load(long_llama, tokenizer), []
-    # Twelve answers: of the windows batches of two, of the tasks full ones alone.
+    # Four windows are batches of two, and a task's answers fill some batches, if not the last.
     long_llama.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
     )
     loaded.measure(long_llama, tokenizer, progress=False)
-    assert set(sizes) == seen
+    assert max(sizes) == largest
+    assert 2 in sizes
 
 
 def test_one_document_has_no_standard_error_and_bfloat16_runs(long_llama, tokenizer, local_data):

@@ -1,13 +1,11 @@
 """Precisions: products from half-precision ones, what they do to results, and where each is used."""
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers import oracle
 from helpers.problems import make_problem
 from maiht_lightning.solvers import LayerSolver, MAIHTConfig, PruningSpec, precision, prune_layer
 from maiht_lightning.solvers.config import PRESETS
@@ -145,21 +143,6 @@ def test_weights_that_were_fitted_to_dense_outputs(config):
         assert torch.equal(found.weight, expected.weight)
         assert found.relative_error == expected.relative_error
         assert not torch.equal(found.mask, prune_layer(weight, gram, config=replace(config, precision=name)).mask)
-
-
-@pytest.mark.parametrize(
-    ("preset", "setting"), oracle.cases(*product(("paper", "balanced"), ({"sparsity": 0.5}, {"pattern": "2:4"})))
-)
-def test_a_real_layer_is_as_in_float32(preset, setting):
-    """The bounds of scripts/bench_precision.py, which has more layers."""
-    tensors = oracle.load("layers.12.self_attn.v_proj")
-    found = pruned(tensors["weight"], tensors["gram"], PRESETS[preset], **setting)
-    base = found["float32"]
-    assert found["mixed"].relative_error == pytest.approx(base.relative_error, rel=3e-3)
-    is_published = preset == "paper"
-    assert found["fp16x3"].relative_error == pytest.approx(base.relative_error, rel=1e-4 if is_published else 3e-3)
-    if is_published:
-        assert (found["fp16x3"].mask == base.mask).float().mean() >= 0.999
 
 
 # ---- Where each is used

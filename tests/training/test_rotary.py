@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from helpers import device
 from helpers.byte_model import byte_tokenizer
 from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
 from maiht_lightning import CausalLMModule, MAIHTPruning
@@ -99,9 +100,12 @@ def test_what_cannot_be_restored_is_refused_before_the_first_step(tiny_llama, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_a_runs_figures_are_those_of_its_saved_folder(tiny_llama, tmp_path, capsys, request, where):
-    device = request.getfixturevalue("gpu") if where == "gpu" else torch.device("cpu")
+@pytest.mark.parametrize(
+    "device",
+    [torch.device("cpu"), *([pytest.param(device.DEVICE, marks=pytest.mark.gpu)] if device.THERE else [])],
+    ids=str,
+)
+def test_a_runs_figures_are_those_of_its_saved_folder(tiny_llama, tmp_path, capsys, device):
     model = tiny_llama(vocab_size=257, max_position_embeddings=512)
     with torch.no_grad():
         for block in model.model.layers:
