@@ -709,7 +709,9 @@ def test_the_table_of_methods_is_the_results():
         # Zeros are counted: floor(sparsity · numel) in each layer is at most a weight a layer less than asked for.
         for run in found["runs"]:
             loss = 600 if run["pattern"] == "row" else 1e5  # at most one weight a row, or a layer
-            assert 0 <= run["sparsity"] - run["measured_sparsity"] < 1 / loss, run
+            # A kept weight may be 0 by itself, as many are in a file of 4 bits: with N:M none takes its place.
+            least = -1e-5 if run["pattern"] == "2:4" else 0
+            assert least <= run["sparsity"] - run["measured_sparsity"] < 1 / loss, run
 
 
 def test_the_figure_shows_the_results(monkeypatch):

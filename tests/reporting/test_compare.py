@@ -270,6 +270,19 @@ def test_the_figure_draws_lines_marks_and_the_dense_model(make, tmp_path, monkey
     assert [text.get_text() for text in axes.texts] == ["∞", "29.93"]
 
 
+@pytest.mark.parametrize(("highest", "cut"), [(2900.0, False), (3100.0, True)])
+def test_hopeless_models_do_not_squeeze_the_others(make, tmp_path, monkeypatch, highest, cut):
+    """Where one is above a hundred times the lowest, which is the dense model's 29.93."""
+    runs = [make("a", "maiht", 50.0), make("b", "magnitude", highest), make("c", "wanda", 590.0)]
+    drawn = []
+    monkeypatch.setattr(comparison_figure, "save_png", lambda figure, path: drawn.append(figure) or path)
+    comparison_figure.draw_rows(tmp_path / "x.png", comparison(runs).rows)
+    (axes,) = drawn[0].axes
+    assert (axes.get_ylim()[1] > highest) != cut
+    assert axes.get_ylim()[0] < 29.93 < 590 < axes.get_ylim()[1]
+    assert axes.get_title(loc="right") == ("higher, beyond this axis: magnitude" if cut else "")
+
+
 def test_without_perplexities_there_is_no_figure(make, tmp_path):
     run = make("a", "maiht", 0, stages={"pruned": {"tasks": {"boolq": {"acc": 0.5}}}})
     assert comparison_figure.draw_rows(tmp_path / "x.png", comparison([run]).rows) is None

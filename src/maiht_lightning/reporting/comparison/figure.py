@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 GREY = "#7A7A7A"
+# Where perplexities span more than `SPAN` times the lowest, those above `FRAME` times it are left beyond the frame.
+SPAN, FRAME = 100.0, 20.0
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9, "title_fontsize": 9}
 
 
@@ -44,6 +46,7 @@ def draw_rows(path: Path, rows: list[Row]) -> Path | None:
     for axes, text in zip(panels, texts, strict=True):
         _draw_text(axes, text, pruned, colours, styles)
         _draw_dense(axes, text, dense)
+        _leave_out_the_highest(axes, text, rows)
         _label_decades(axes)
         tidy(axes, xlabel="sparsity, %", ylabel="perplexity (log)", title=text.removeprefix("perplexity/"))
     figure.legend(handles=legend, loc="outside lower center", ncols=columns_of_legend, **LEGEND)
@@ -134,6 +137,20 @@ def _draw_dense(axes: "Axes", text: str, rows: list[Row]) -> None:
                 fontsize=8.5,
                 color=INK,
             )
+
+
+def _leave_out_the_highest(axes: "Axes", text: str, rows: list[Row]) -> None:
+    """End the axis where few hopeless models would squeeze all others together, and say whose are beyond it."""
+    values = [
+        (value, row) for row in rows for stage in ("dense", "pruned") if isfinite(value := row.mean(f"{text}/{stage}"))
+    ]
+    lowest = min((value for value, _ in values), default=1.0)
+    if all(value <= SPAN * lowest for value, _ in values):
+        return
+    axes.set_ylim(0.8 * lowest, FRAME * lowest)
+    beyond = dict.fromkeys(_method(row) for value, row in values if value > FRAME * lowest)
+    note = fill(f"higher, beyond this axis: {', '.join(beyond)}", 50)
+    axes.set_title(note, loc="right", fontsize=8.5, color=INK)
 
 
 def _label_decades(axes: "Axes") -> None:
