@@ -114,6 +114,21 @@ def test_the_monitors_choices_and_the_exact_support_are_marked():
     assert courses[0].get_ydata() == pytest.approx([50, 20, 0])
 
 
+def test_a_course_that_hardly_falls_is_drawn_in_percent():
+    course = iterating(0.01)
+    course.objective = [104.0, 103.0, 102.0, 101.0, 100.5, 100.0]
+    whole, choices = objective_figure([course]).axes
+    assert whole.get_yscale() == "linear"
+    assert whole.get_ylabel() == "objective above its last value, %"
+    line = next(line for line in whole.lines if line.get_label().startswith("layer"))
+    assert line.get_ydata() == pytest.approx([4, 3, 2, 1, 0.5, 0])
+    assert choices.collections
+    # Refining by itself would show the same again. With twice the span there is a logarithm, which would hide it.
+    course.objective[0] = 201.0
+    assert objective_figure([course]).axes[0].get_yscale() == "log"
+    assert len(objective_figure([course]).axes) == 3
+
+
 def test_without_a_monitor_or_refining_their_panels_are_absent():
     assert len(objective_figure([iterating(0.01, accelerated=())]).axes) == 1
     assert len(objective_figure([iterating(0.01, accelerated=[1.0] * 5)]).axes) == 2

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+ABOVE_LAST = "objective above its last value, %"
+
+
 class Course(NamedTuple):
     """A layer whose objective is drawn, what it stands for, and its colour."""
 
@@ -28,15 +31,16 @@ class Course(NamedTuple):
 def objective_figure(records: list[LayerRecord]) -> "Figure | None":
     """Draw the course of the objective in the layers with the least, the median and the greatest relative error.
 
-    Every course is divided by its last value, so that layers of any size share an axis. Below are the monitor's
-    choices. Beside them is the refining, which the logarithm would hide; where there is no monitor the records do
-    not tell where it begins, and it is left out.
+    Every course is divided by its last value, so that layers of any size share an axis: on a logarithmic one where it
+    more than doubles or halves. Below are the monitor's choices. Beside them is the refining, which the logarithm would
+    hide; where there is no monitor the records do not tell where it begins, and it is left out.
     """
     courses = _choose(records)
     if not courses:
         return None
     monitored = all(0 < course.exact < len(course.record.objective) for course in courses)
-    refined = monitored and all(course.exact + 1 < len(course.record.objective) for course in courses)
+    logarithmic = any(max(course.record.objective) > 2 * min(course.record.objective) for course in courses)
+    refined = monitored and logarithmic and all(course.exact + 1 < len(course.record.objective) for course in courses)
 
     figure = blank_figure(WIDTH, 4.4 if monitored else 3.6)
     grid = figure.add_gridspec(1 + monitored, 1 + refined)
@@ -45,7 +49,7 @@ def objective_figure(records: list[LayerRecord]) -> "Figure | None":
     if refined:
         grid.set_width_ratios([1.65, 1])
     whole = figure.add_subplot(grid[0, 0])
-    _draw_whole(whole, courses, monitored)
+    _draw_whole(whole, courses, monitored, logarithmic)
     if monitored:
         whole.tick_params(labelbottom=False)
         _draw_choices(figure.add_subplot(grid[1, 0], sharex=whole), courses)
@@ -65,34 +69,45 @@ def _choose(records: list[LayerRecord]) -> list[Course]:
     return [Course(name, record, colours[name]) for name, record in zip(names, usable, strict=True)]
 
 
-def _draw_whole(axes: "Axes", courses: list[Course], monitored: bool) -> None:
+def _over_last(course: Course) -> list[float]:
+    objective = course.record.objective
+    return [value / objective[-1] for value in objective]
+
+
+def _above_last(course: Course) -> list[float]:
+    return [100 * (value - 1) for value in _over_last(course)]
+
+
+def _draw_whole(axes: "Axes", courses: list[Course], monitored: bool, logarithmic: bool) -> None:
     for course in courses:
         record = course.record
-        values = [value / record.objective[-1] for value in record.objective]
+        values = _over_last(course) if logarithmic else _above_last(course)
         label = f"{course.name} ({error(record.relative_error)}): block {record.block} {record.layer}"
         axes.plot(range(1, len(values) + 1), values, color=course.colour, linewidth=1.8, label=label)
         if monitored:
             _mark_exact(axes, course, values)
-    axes.set_yscale("log")
+    if logarithmic:
+        axes.set_yscale("log")
     axes.set_xlim(0, max(len(course.record.objective) for course in courses) + 1)
     tidy(
         axes,
         xlabel="" if monitored else "iteration",
-        ylabel="objective / its last value (log)",
+        ylabel="objective / its last value (log)" if logarithmic else ABOVE_LAST,
         title="Objective while weights are removed" + (", ◆ exact support" if monitored else ""),
     )
-    axes.legend(title="relative error", loc="lower right", fontsize=8, title_fontsize=8).set_alignment("left")
+    legend = axes.legend(title="relative error", fontsize=8, title_fontsize=8)
+    legend.set_loc("lower right" if logarithmic else "upper right")
+    legend.set_alignment("left")
 
 
 def _draw_refining(axes: "Axes", courses: list[Course]) -> None:
     """Draw the last part of the courses, from the exact support on, in percent above their ends."""
     for course in courses:
-        objective, first = course.record.objective, course.exact
-        values = [100 * (value / objective[-1] - 1) for value in objective]
+        values, first = _above_last(course), course.exact
         axes.plot(range(first + 1, len(values) + 1), values[first:], color=course.colour, linewidth=1.8)
         _mark_exact(axes, course, values)
     axes.margins(x=0.03)
-    tidy(axes, xlabel="iteration", ylabel="objective above its last value, %", title="Refining on the exact support")
+    tidy(axes, xlabel="iteration", ylabel=ABOVE_LAST, title="Refining on the exact support")
 
 
 def _mark_exact(axes: "Axes", course: Course, values: list[float]) -> None:
