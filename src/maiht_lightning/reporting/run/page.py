@@ -18,7 +18,7 @@ CAPTIONS = {
     "relative_error": "Relative error ‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖² of each layer on the calibration inputs: the higher, "
     "the more of the layer's output was lost.",
     "objective": "Course of the solver's objective in the layers with the least, the median and the greatest relative "
-    "error, each divided by its last value.",
+    "error, each compared with its last value.",
     "kept": "Weights that were kept, by block and by kind of layer; the dashed line is the fraction kept over all "
     "layers.",
 }
