@@ -33,16 +33,6 @@ def one_thread(request):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def gpu():
-    """The device of tests of GPUs."""
-    from helpers import device
-
-    if not device.THERE:
-        pytest.skip(device.MISSING)
-    return device.DEVICE
-
-
 REAL_DATA = Path(os.environ.get("MAIHT_DATA_DIR") or ROOT.parent / "shared" / "data")
 
 

@@ -31,6 +31,13 @@ pytestmark = pytest.mark.gpu
 if not device.THERE:
     pytest.skip(device.MISSING, allow_module_level=True)
 
+
+@pytest.fixture
+def gpu():
+    """The device of these tests."""
+    return device.DEVICE
+
+
 CONFIG = MAIHTConfig(iterations=20, refine_iterations=10)
 WINDOWS = torch.randint(0, 256, (6, 64), generator=torch.Generator().manual_seed(1))
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}

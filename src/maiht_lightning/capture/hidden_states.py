@@ -28,14 +28,14 @@ def pinned_bytes(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
-def choose_storage(size: int, device: torch.device, working: int = 0, pinned: int | None = None) -> Storage:
+def choose_storage(size: int, device: torch.device, working: int = 0, pinned: int = 0) -> Storage:
     """Choose where hidden states fit: on the device, in half of the free host memory, or on disk.
 
     Args:
         size: Bytes of the hidden states.
         device: Where the blocks are computed.
         working: Bytes that blocks, Gram matrices and solver need on the device beside them.
-        pinned: Bytes that they take in pinned memory, which is where a GPU's wait in the host's; by default `size`.
+        pinned: Bytes that they take in pinned memory, where a GPU's wait in the host's, if those are more than `size`.
 
     Returns:
         `device`, `host` or `disk`.
@@ -43,7 +43,7 @@ def choose_storage(size: int, device: torch.device, working: int = 0, pinned: in
     if device.type == "cuda":
         if size <= 0.9 * free_memory(device) - working:
             return "device"
-        size = max(size, pinned or 0)
+        size = max(size, pinned)
     elif device.type != "cpu":
         return "device"
     return "host" if size <= available_host_memory() / 2 else "disk"
