@@ -74,7 +74,7 @@ class _SolverTraffic(Traffic):
         self._pass: _Pass | None = None
 
     def run_pass(self, function: Callable[..., Any], scratch: Any, *args: Any) -> Any:
-        """Run a pass as one kernel would be: it reads what it is given, and writes what it changes and returns, once."""
+        """Run a pass as one kernel does: each matrix is read once, each that it changes or returns written once."""
         self._pass = each = _Pass({tensor.untyped_storage()._cdata: nbytes(tensor) for tensor in tensors(args)})
         found = function(*args, scratch=None)
         self._pass = None

@@ -7,10 +7,11 @@ Splitting the objective from the constraint is ADMM (Boyd et al. 2011); for prun
 Where the Gram matrix is ill conditioned, a gradient step moves next to nothing along most directions, and the published
 iteration ends near the support it began with. So the support comes from steps that are preconditioned by (A + ρI)⁻¹,
 
-    Z = H_k(S + U),   U ← U + S − Z,   S = (A + ρI)⁻¹ (A B + ρ (Z − U)),
+    Z = H_k(S + U),   U ← U + S − Z,   S = (A + ρI)⁻¹ (A B + ρ (Z − U)) = B + ρ (A + ρI)⁻¹ (Z − U − B),
 
 with H_k keeping as many entries as the pattern asks for, from the first step on, and ρ growing from `FIRST` to `LAST`,
-with one factorisation for each value: small ρ lets the support move, large ρ settles it. What follows never raises f on
+with one factorisation for each value: small ρ lets the support move, large ρ settles it. S is computed in its second
+form, since what is rounded in a product of Z − U − B is small where the error is. What follows never raises f on
 supports of that size. Two candidates compete, as in the paper's Algorithm 1:
 
     V = H_k(S − α∇f(S))                             the plain candidate, α < 1 / λmax(A): f(V) ≤ f(S)
@@ -63,9 +64,9 @@ def levels(steps: int) -> int:
 
 def products(config: MAIHTConfig) -> int:
     """Count the products of a layer (out, in) with a matrix (in, in), factorisations left out."""
-    # One for A B, one to measure the first point; of each pair of candidates, one to measure the plain one and two for
-    # the accelerated one, before and after its conjugate gradient steps.
-    return 1 + config.iterations + 1 + MONITORED * (CANDIDATE_STEPS + 3) + config.refine_iterations
+    # One to measure the first point; of each pair of candidates, one to measure the plain one and two for the
+    # accelerated one, before and after its conjugate gradient steps.
+    return config.iterations + 1 + MONITORED * (CANDIDATE_STEPS + 3) + config.refine_iterations
 
 
 def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
@@ -135,10 +136,9 @@ class Splitting:
     def split(self, steps: int) -> tuple[Tensor, Tensor]:
         """Take so many preconditioned steps from the dense weight; returns the last Z (out, in) and its mask."""
         inverses, penalties = self.prepared.inverses, self.prepared.penalties
-        current, dual = self.target.clone(), torch.zeros_like(self.target)  # S and U (out, in)
-        # |S + U|, and then what the next S is a product of (out, in).
+        current, dual = torch.zeros_like(self.target), torch.zeros_like(self.target)  # S − B and U (out, in)
+        # |S + U|, and then what the next S − B is a product of (out, in).
         other, factor = torch.empty_like(current), None
-        pull = self.multiply(self.target)  # B A (out, in)
         before = penalties[0] if penalties else 1.0
         for step in range(steps):
             level = step * len(penalties) // steps
@@ -146,10 +146,10 @@ class Splitting:
                 # U is the multiplier divided by ρ: the multiplier stays what it was.
                 dual.mul_(before / penalty)
                 before = penalty
-            propose(current, factor, dual, self.free, other)
-            separate(current, self._mask(other), penalty, pull, dual, other)
+            propose(current, factor, self.target, dual, self.free, other)
+            separate(current, self._mask(other), penalty, self.target, dual, other)
             current, factor = inverses[level].unscaled(other, out=current)
-        propose(current, factor, dual, self.free, other)
+        propose(current, factor, self.target, dual, self.free, other)
         mask = self._mask(other)
         return current.mul_(mask), mask
 
@@ -215,27 +215,34 @@ def _row_products(one: Tensor, other: Tensor) -> Tensor:
 
 @one_pass
 def propose(
-    current: Tensor, factor: Tensor | None, dual: Tensor, free: Tensor | None, score: Tensor, *, scratch: None = None
+    current: Tensor,
+    factor: Tensor | None,
+    target: Tensor,
+    dual: Tensor,
+    free: Tensor | None,
+    score: Tensor,
+    *,
+    scratch: None = None,
 ) -> None:
-    """Turn S, which is `current` times the factor (out, 1), into S + U, and write the size of its entries to `score`.
+    """Turn S − B, which is `current` times the factor (out, 1), into S + U, and write its entries' size to `score`.
 
-    It is 0 there where `free` is 0.
+    That is 0 where `free` is 0.
     """
     if factor is not None:
         current.mul_(factor)
-    torch.abs(current.add_(dual), out=score)
+    torch.abs(current.add_(target).add_(dual), out=score)
     if free is not None:
         score.mul_(free)
 
 
 @one_pass
 def separate(
-    proposal: Tensor, mask: Tensor, penalty: float, pull: Tensor, dual: Tensor, right: Tensor, *, scratch: None = None
+    proposal: Tensor, mask: Tensor, penalty: float, target: Tensor, dual: Tensor, right: Tensor, *, scratch: None = None
 ) -> None:
-    """From S + U and the entries kept, of which Z is made, write U = S + U − Z and ρ (Z − U) + B A to `right`."""
+    """From S + U and the entries kept, of which Z is made, write U = S + U − Z, and ρ (Z − U − B) to `right`."""
     torch.mul(proposal, mask, out=right)
     torch.sub(proposal, right, out=dual)
-    right.sub_(dual).mul_(penalty).add_(pull)
+    right.sub_(dual).sub_(target).mul_(penalty)
 
 
 @one_pass
