@@ -218,5 +218,5 @@ def test_numbers_are_no_constants_of_a_graph(monkeypatch):
             splitting.separate(target, target > 0, step, target, dual, right)
         assert_close(stepped, target * (1 - step))
         assert_close(loss, target.square().sum(1))
-        assert_close(right, (target.clamp_min(0) - target.clamp_max(0)) * step + target)
+        assert_close(right, (target.clamp_min(0) - target.clamp_max(0) - target) * step)
     assert len(graphs) == 2

@@ -173,8 +173,8 @@ ONE, THREE = ("fp16", torch.float32), ("fp16x3", torch.float32)
         # Two for the error in each; one more where the refining begins.
         ("maiht", MAIHTConfig(iterations=5, refine_iterations=4), 10, 1 + 4 + 2),
         ("aiht", MAIHTConfig(iterations=5, refine_iterations=4), 5, 1 + 4 + 2),
-        # A B, the first point, two pairs of candidates with six each.
-        ("maiht", MAIHTConfig(iterations=9, refine_iterations=4, candidates="preconditioned"), 9, 2 + 12 + 4 + 2),
+        # The first point, two pairs of candidates with six each.
+        ("maiht", MAIHTConfig(iterations=9, refine_iterations=4, candidates="preconditioned"), 9, 1 + 12 + 4 + 2),
         # It does not seek a support first and weights then: all of its products are those of final weights.
         ("admm", MAIHTConfig(), 0, 1 + 20 + 2),
         ("sparsegpt", MAIHTConfig(), 0, 2),
