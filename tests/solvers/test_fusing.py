@@ -11,7 +11,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.testing import assert_close
 
 from helpers.problems import make_problem
-from maiht_lightning import prune, prune_layer
+from maiht_lightning import MAIHTConfig, prune, prune_layer
 from maiht_lightning.data.batches import Windows
 from maiht_lightning.pruning import pruner
 from maiht_lightning.solvers import PruningSpec, fusing, hard_thresholding, splitting
@@ -97,16 +97,18 @@ def test_a_pass_that_fails_while_it_runs_is_not_run_again(monkeypatch):
 
 
 def test_passes_are_compiled_where_that_pays():
-    def fuses(weights=WORTHWHILE, device="cuda", **settings):
-        return PruningSpec.parse(**settings).fuses(weights, device)
+    def fuses(weights=int(WORTHWHILE / 80), device="cuda", config="paper", **settings):
+        return PruningSpec.parse(config=config, **settings).fuses(weights, device)
 
     assert fuses()
     assert fuses(pattern="row")
-    assert fuses(config="paper")
     assert fuses(method="iht")
-    assert not fuses(WORTHWHILE - 1)
+    assert not fuses(int(WORTHWHILE / 80) - 1)
+    assert not fuses(config="fast")  # fewer iterations
+    assert fuses(config=MAIHTConfig(iterations=60, refine_iterations=20))
+    assert not fuses(config=MAIHTConfig(iterations=60, refine_iterations=19))
     assert not fuses(device="cpu")
-    assert not fuses(pattern="2:4", config="paper")
+    assert not fuses(pattern="2:4")
     assert not fuses(method="admm")
 
 

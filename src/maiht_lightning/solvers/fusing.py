@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Seconds that compiling takes, once for all layers; taken on a CPU, not on a GPU. About as much is saved with so many
-# weights in one process.
-COMPILING, WORTHWHILE = 20.0, 2**32
+# Seconds that compiling takes, once for all layers; taken on a CPU, not on a GPU. About as much is saved, at some 80
+# bytes a weight and iteration, where one process has so many weights, times iterations.
+COMPILING, WORTHWHILE = 20.0, 4e11
 
 _Run = Callable[..., Any]
 _run: ContextVar[_Run | None] = ContextVar("how passes are run", default=None)

@@ -85,7 +85,7 @@ class PruningSpec:
         """Whether it pays to compile the solver's passes over memory, for so many weights that one process prunes."""
         # Other methods have few passes. Inductor cannot compile those that keep N of M.
         can = self.method in IN_SLICES and not self.pattern.group and torch.device(device).type == "cuda"
-        return can and weights >= WORTHWHILE
+        return can and weights * (self.config.iterations + self.config.refine_iterations) >= WORTHWHILE
 
     def identity(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """What decides the result on a device, ready for JSON: two prunings of one model that share it are alike."""
