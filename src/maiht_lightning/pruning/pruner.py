@@ -162,6 +162,8 @@ def prune_model(
         hidden_states = _choose_storage(model, batches, spec, loader)
     shapes = [weight_of(linear).shape for _, linear in blocks.linears()]
     fuses = spec.fuses(sum(map(prod, shapes)) // ranks.size, device)
+    if fuses:
+        log.info("With the first layer the solver's passes over memory are compiled, which takes some seconds once.")
     started = time.perf_counter()
     # What is made in inference mode, in which a caller may be, could not be differentiated in a reconstruction.
     inference_mode = torch.is_inference_mode_enabled() and not spec.config.reconstruction_epochs

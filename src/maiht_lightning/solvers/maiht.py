@@ -5,7 +5,7 @@ Guarantee*, ICML 2025 (PMLR 267:66575-66596): Nesterov extrapolation with a moni
 accelerated proximal gradient (NeurIPS 2015), started at the dense weight with a penalty λ that grows until the
 sparsity is reached, then gradient steps on the support.
 
-The names of Algorithm 1, and what they are here:
+The names of Algorithm 1, and what they are here and in `hard_thresholding`, where the iteration is:
 
     B          `target`              (out, in)  the scaled dense weight W0 · diag(d), where the iteration starts
     A          in `products`         (in, in)   the Gram matrix XᵀX scaled to a unit diagonal, with the ridge
