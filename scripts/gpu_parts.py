@@ -26,7 +26,8 @@ from bench_solvers import random_layer, real_layers
 from maiht_lightning.estimate.devices import find_device
 from maiht_lightning.estimate.plan import Job, estimate
 from maiht_lightning.estimate.shape import ModelShape
-from maiht_lightning.solvers import resolve_config
+from maiht_lightning.solvers import LayerSolver, PruningSpec, resolve_config
+from maiht_lightning.solvers.fusing import COMPILING, failures, fused, run_by
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)(?: \((.*)\))?(?: +\[ *\d+%\])?$")
@@ -159,6 +160,25 @@ def _compared(kind: str, layers: dict[str, tuple[Tensor, Tensor]], device: torch
         yield Row(f"{kind}, {name}: share of the mask", mask, most=MASKS.get(name), note=note)
 
 
+def fusing(setting: Setting) -> Iterator[Row]:
+    """What it takes to compile the solver's passes over memory, and what that saves on a layer."""
+    shape = (96, 128) if setting.small else (4096, 4096)
+    weight, gram = random_layer(shape, setting.device.type)
+    for preset in ("paper", "balanced"):
+        solver = LayerSolver(gram, PruningSpec.parse(config=preset))
+        solver.prune(weight)  # the first time is that of libraries, too
+        plain = solver.prune(weight)
+        with run_by(fused):
+            first, again = solver.prune(weight), solver.prune(weight)
+        if failures:
+            raise RuntimeError(f"torch.compile could not do it: {failures[0]}")
+        predicted, limit = (None, None) if setting.small else (COMPILING, 1.0)
+        ratio, error = again.seconds / plain.seconds, again.relative_error / plain.relative_error - 1
+        yield Row(f"{preset}: compiling", first.seconds - again.seconds, "s", predicted)
+        yield Row(f"{preset}: seconds of a layer, fused by not", ratio, most=limit, note=str(shape))
+        yield Row(f"{preset}: error by that without, − 1", abs(error), most=3e-3)
+
+
 def llama7b(setting: Setting, precision: str, offload: Literal["none", "cpu"] = "none") -> Iterator[Row]:
     """LLaMA-7B's shape, phase by phase beside its prediction: as many blocks as there is time for."""
     name = "tiny" if setting.small else "7b"
@@ -215,6 +235,7 @@ class Part:
 PARTS = {
     "tests": Part(tests, 16),
     "precision": Part(precision, 10),
+    "fusing": Part(fusing, 8),
     "7b auto": Part(partial(llama7b, precision="auto"), 22),
     "7b tf32": Part(partial(llama7b, precision="tf32"), 22),
     "7b auto, offload cpu": Part(partial(llama7b, precision="auto", offload="cpu"), 8),

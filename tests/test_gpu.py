@@ -25,6 +25,7 @@ from maiht_lightning.evaluation.zero_shot import zero_shot
 from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_linears, weight_of
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.solvers import resolve_config
+from maiht_lightning.solvers.fusing import failures, fused, run_by
 
 pytestmark = pytest.mark.gpu
 # Once for all of them.
@@ -94,6 +95,19 @@ def test_precisions_on_a_gpu(gpu, preset):
     assert found["fp16x3"].relative_error == pytest.approx(base, rel=1e-4 if preset == "paper" else 3e-3)
     assert found["mixed"].relative_error == pytest.approx(base, rel=3e-3)
     assert torch.equal(auto.weight, found["mixed" if gpu.type == "cuda" else "float32"].weight)
+
+
+@pytest.mark.parametrize("preset", ["paper", "balanced"])
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_fused_passes_give_the_same_weights(gpu, preset, precision):
+    config = replace(resolve_config(preset), precision=precision)
+    weight, gram = (tensor.float().to(gpu) for tensor in make_problem(7, 384, 512, spread=1.5))
+    plain = prune_layer(weight, gram, config=config)
+    with run_by(fused):
+        found = prune_layer(weight, gram, config=config)
+    assert not failures
+    assert found.mask.sum() == plain.mask.sum()
+    assert found.relative_error == pytest.approx(plain.relative_error, rel=3e-3)
 
 
 @pytest.mark.parametrize("setting", ["paper", "balanced", "best"])

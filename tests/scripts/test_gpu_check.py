@@ -173,18 +173,20 @@ def test_without_a_gpu_a_rehearsal_is_offered(check, monkeypatch, capsys):
 @pytest.mark.timeout(1800)
 def test_the_rehearsal(tmp_path):
     """For real, with more time than it takes beside other work."""
-    output, wanted = tmp_path / "found.json", ["tests", "precision", "7b auto, offload cpu"]
+    output, wanted = tmp_path / "found.json", ["tests", "precision", "fusing", "7b auto, offload cpu"]
     command = [sys.executable, SCRIPTS / "gpu_check.py", "--device", "cpu", "--small", "--minutes", "60"]
     done = subprocess.run(
         [*command, "--output", output, "--parts", *wanted], capture_output=True, text=True, check=False
     )
     found = json.loads(output.read_text())
     assert [part["part"] for part in found["parts"]] == wanted
-    assert [(part["failure"], part["skipped"]) for part in found["parts"]] == [("", "")] * 3, done.stderr[-2000:]
+    assert [(part["failure"], part["skipped"]) for part in found["parts"]] == [("", "")] * 4, done.stderr[-2000:]
     rows = {part["part"]: {row["what"]: row for row in part["rows"]} for part in found["parts"]}
     assert all(row["found"] == 0 for row in rows["tests"].values())
     assert any("test_the_same_result_twice[mixed]" in name for name in rows["tests"])
     assert {name.partition(":")[0] for name in rows["precision"]} == {"random, fp16x3", "random, mixed"}
+    assert len(rows["fusing"]) == 6
+    assert all(row["found"] == 0 for name, row in rows["fusing"].items() if "error" in name)
     pruned = rows["7b auto, offload cpu"]
     assert pruned["zeros"]["found"] == 0.5
     assert all(pruned[name]["found"] > 0 and pruned[name]["predicted"] > 0 for name in ("capture", "solve"))

@@ -1,6 +1,7 @@
 """Passes over memory: as they stand, and as `torch.compile` fuses them, for a CPU where it has a compiler."""
 
 import functools
+import logging
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -74,7 +75,7 @@ def test_a_compiler_that_fails_is_given_up_with_a_warning(monkeypatch, early):
         return run
 
     monkeypatch.setattr(fusing, "compiled", broken)
-    monkeypatch.setattr(fusing, "_failures", [])
+    monkeypatch.setattr(fusing, "failures", [])
     with run_by(fused):
         run = one_pass(lambda matrix, *, scratch: (matrix, scratch))
         with pytest.warns(UserWarning, match="could not fuse the solver's passes over memory"):
@@ -90,10 +91,10 @@ def test_a_pass_that_fails_while_it_runs_is_not_run_again(monkeypatch):
         raise torch.OutOfMemoryError("8 GiB")
 
     monkeypatch.setattr(fusing, "compiled", lambda _: run)
-    monkeypatch.setattr(fusing, "_failures", [])
+    monkeypatch.setattr(fusing, "failures", [])
     with run_by(fused), pytest.raises(torch.OutOfMemoryError):
         one_pass(lambda matrix, *, scratch: None)(ON_GPU)
-    assert fusing._failures == []
+    assert fusing.failures == []
 
 
 def test_passes_are_compiled_where_that_pays():
@@ -116,7 +117,7 @@ def linear_weights(model):
     return sum(layer.weight.numel() for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear))
 
 
-def test_a_models_passes_are_fused_where_its_size_is_worth_it(tiny_llama, monkeypatch):
+def test_a_models_passes_are_fused_where_its_size_is_worth_it(tiny_llama, monkeypatch, caplog):
     windows = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
     expected, model = tiny_llama(vocab_size=64), tiny_llama(vocab_size=64)
     prune(expected, windows, config="paper", progress=False)
@@ -132,7 +133,9 @@ def test_a_models_passes_are_fused_where_its_size_is_worth_it(tiny_llama, monkey
 
     monkeypatch.setattr(PruningSpec, "fuses", fuses)
     monkeypatch.setattr(pruner, "fused", how)
-    prune(model, windows, config="paper", progress=False)
+    with caplog.at_level(logging.INFO, "maiht_lightning"):
+        prune(model, windows, config="paper", progress=False)
+    assert "passes over memory are compiled" in caplog.text
     assert asked == [(linear_weights(model), "cpu")]
     assert {"propose_accelerated", "propose", "descend", "restrict"} <= set(run)
     run.clear()

@@ -54,7 +54,7 @@ def run_by(how: _Run | None) -> Iterator[None]:
 
 def fused(function: Callable[..., Any], scratch: Any, *args: Any) -> Any:
     """Run a pass as `torch.compile` makes it on a GPU; as it stands on a CPU, and where there is no compiler."""
-    if args[0].is_cuda and not _failures:
+    if args[0].is_cuda and not failures:
         try:
             run = compiled(function)
         except RuntimeError as error:
@@ -70,11 +70,11 @@ def fused(function: Callable[..., Any], scratch: Any, *args: Any) -> Any:
 
 
 # What has kept `torch.compile` from its work in this process: it is not asked again.
-_failures: list[Exception] = []
+failures: list[Exception] = []
 
 
 def _give_up(error: Exception) -> None:
-    _failures.append(error)
+    failures.append(error)
     reason = (str(error).strip().splitlines() or [""])[0]
     warnings.warn(
         f"torch.compile could not fuse the solver's passes over memory ({type(error).__name__}: {reason}): the pruning "
