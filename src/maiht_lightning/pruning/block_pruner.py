@@ -18,12 +18,13 @@ from ..capture.grams import InputGroup, accumulate_grams
 from ..capture.sublayers import DenseStream, accumulate_group, find_groups
 from ..distributed import RankError, Ranks
 from ..models.blocks import find_linears, weight_of, write_weight
-from ..models.memory import is_out_of_memory, release_memory, with_room
+from ..models.memory import with_room
 from ..models.offload import BlockLoader, copy_of
 from ..records import LayerRecord, PruningReport
-from ..solvers import LayerResult, LayerSolver, Pattern, PruningSpec
+from ..solvers import LayerResult, Pattern, PruningSpec
 from .journal import Journal, block_file
 from .reconstruction import reconstruct
+from .solving import prepare_solver, solve_layer
 
 T = TypeVar("T")
 
@@ -303,13 +304,13 @@ class BlockPruner:
         concerned = group.names
         self._show(index, ", ".join(concerned))
         try:
-            shared = self._prepare_solver(group)
+            shared = prepare_solver(group, self.spec, self._say)
             # The solver has its own scaled copy (in, in) of it now.
             group.gram, group.drift = group.gram.new_empty(0), None
             for name in group.names:
                 concerned = [name]
                 pattern = self.patterns.get(f"{self._path(index)}.{name}")
-                result, shared = self._solve_layer(shared, weight_of(linears[name]), pattern)
+                result, shared = solve_layer(shared, weight_of(linears[name]), pattern, self._say)
                 self._show(index, f"{name}, error {result.relative_error:.4f}")
                 self._bar.update()
                 yield name, result
@@ -319,33 +320,6 @@ class BlockPruner:
                 f"{', '.join(f'{self._path(index)}.{name}' for name in concerned)} could not be pruned: {error}. "
                 f"This block and later ones are unchanged."
             ) from error
-
-    def _solve_layer(
-        self, solver: LayerSolver, weight: Tensor, pattern: Pattern | None
-    ) -> tuple[LayerResult, LayerSolver]:
-        """Prune a layer's weight (out, in), with less memory as long as it runs out; returns the solver that had it."""
-        while True:
-            try:
-                return solver.prune(weight, pattern), solver
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or (frugal := solver.with_less_memory(weight)) is None:
-                    raise
-            release_memory()
-            solver, how = frugal
-            shape = " x ".join(map(str, weight.shape))
-            self._say(f"solver: memory ran out for a layer of {shape} weights, so it is solved {how}")
-
-    def _prepare_solver(self, group: InputGroup) -> LayerSolver:
-        """The solver of a group's layers; in host memory where a GPU's runs out."""
-        try:
-            return LayerSolver(group.gram, self.spec, group.drift)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or group.gram.device.type == "cpu":
-                raise
-        release_memory()
-        self._say(f"solver: memory ran out for {len(group.gram)} inputs, so that layers are solved in host memory")
-        drift = None if group.drift is None else group.drift.cpu()
-        return LayerSolver(group.gram.cpu(), self.spec, drift, on_host=True)
 
     def _say(self, message: str) -> None:
         if message not in self._said:
