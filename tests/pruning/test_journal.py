@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 
 from maiht_lightning.data.batches import Windows
 from maiht_lightning.models.blocks import find_blocks, find_linears
+from maiht_lightning.pruning.block_pruner import PruningError
 from maiht_lightning.pruning.journal import Journal, drop_weights, fingerprint, read_records
 from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.records import LayerRecord
 from maiht_lightning.solvers import MAIHTConfig, PruningSpec
 
 # `maiht_lightning.prune` may hide its module's name.
-pruner = importlib.import_module("maiht_lightning.pruning.block_pruner")
+solving = importlib.import_module("maiht_lightning.pruning.solving")
 
 WINDOWS = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0))
 
@@ -50,8 +51,8 @@ def solved(monkeypatch):
             raise ValueError("out of luck")
         return original(gram, spec, drift)
 
-    original = pruner.LayerSolver
-    monkeypatch.setattr(pruner, "LayerSolver", solve)
+    original = solving.LayerSolver
+    monkeypatch.setattr(solving, "LayerSolver", solve)
     return Count
 
 
@@ -73,7 +74,7 @@ def test_resumed_is_as_uninterrupted(make, solved, tmp_path, fails_in, fresh, dt
 
     solved.groups, solved.fail_at = 0, 4 * fails_in + 2
     model = make().to(dtype)
-    with pytest.raises(pruner.PruningError, match=f"layers.{fails_in}"):
+    with pytest.raises(PruningError, match=f"layers.{fails_in}"):
         run(model, tmp_path / "journal", config="paper")
     assert sorted(p.name for p in (tmp_path / "journal").iterdir()) == [
         *(f"block_{i:05d}.safetensors" for i in range(fails_in)),

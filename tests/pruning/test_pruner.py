@@ -18,6 +18,7 @@ from maiht_lightning.solvers import METHODS, MAIHTConfig, prune_layer
 
 # `maiht_lightning.prune` may hide its module's name.
 pruner = importlib.import_module("maiht_lightning.pruning.block_pruner")
+solving = importlib.import_module("maiht_lightning.pruning.solving")
 
 
 @pytest.fixture
@@ -415,7 +416,7 @@ def test_a_layer_with_nan_is_named_before_anything_is_done(llama, windows, layer
 
 
 def test_a_layer_that_fails_is_named_alone(llama, windows, monkeypatch):
-    before, original = state(llama), pruner.LayerSolver.prune
+    before, original = state(llama), solving.LayerSolver.prune
     calls = []
 
     def fail(self, weight, pattern):
@@ -424,7 +425,7 @@ def test_a_layer_that_fails_is_named_alone(llama, windows, monkeypatch):
             raise FloatingPointError("x")
         return original(self, weight, pattern)
 
-    monkeypatch.setattr(pruner.LayerSolver, "prune", fail)
+    monkeypatch.setattr(solving.LayerSolver, "prune", fail)
     with pytest.raises(PruningError, match=r"^model\.layers\.1\.self_attn\.k_proj could not be pruned: x"):
         prune(llama, windows, progress=False)
     assert changed(llama, before) == weights_of(llama, 0)
@@ -440,8 +441,8 @@ def interrupted(monkeypatch, error, groups):
             raise error
         return original(gram, spec, drift)
 
-    original = pruner.LayerSolver
-    monkeypatch.setattr(pruner, "LayerSolver", solve)
+    original = solving.LayerSolver
+    monkeypatch.setattr(solving, "LayerSolver", solve)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), FloatingPointError("x"), torch.linalg.LinAlgError("x")])
