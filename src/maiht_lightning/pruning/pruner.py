@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from ..models.offload import (
 )
 from ..records import LayerRecord, PruningReport
 from ..solvers import MAIHTConfig, Pattern, PruningSpec
+from ..solvers.fusing import fused, run_by
 from ..solvers.precision import bytes_per_entry
 from ..solvers.slices import solver_bytes
 from .allocation import allocate, layer_sizes
@@ -158,7 +160,10 @@ def prune_model(
     loader = BlockLoader(blocks, device)
     if hidden_states == "auto":
         hidden_states = _choose_storage(model, batches, spec, loader)
-    layers = sum(1 for _ in blocks.linears())
+    shapes = [weight_of(linear).shape for _, linear in blocks.linears()]
+    fuses = spec.fuses(sum(map(prod, shapes)) // ranks.size, device)
+    if fuses:
+        log.info("With the first layer the solver's passes over memory are compiled, which takes some seconds once.")
     started = time.perf_counter()
     # What is made in inference mode, in which a caller may be, could not be differentiated in a reconstruction.
     inference_mode = torch.is_inference_mode_enabled() and not spec.config.reconstruction_epochs
@@ -167,8 +172,9 @@ def prune_model(
         torch.no_grad(),
         evaluation_mode(model),
         loader,
+        run_by(fused if fuses else None),
         HiddenStateStore(hidden_states, loader.device, journal_dir.parent if journal_dir else None) as store,
-        tqdm(total=layers, desc="Pruning", unit="layer", disable=not (progress and ranks.is_main)) as bar,
+        tqdm(total=len(shapes), desc="Pruning", unit="layer", disable=not (progress and ranks.is_main)) as bar,
     ):
 
         def record(batch_size: int, store: HiddenStateStore | NoStore = NoStore()) -> BlockInputs:  # noqa: B008

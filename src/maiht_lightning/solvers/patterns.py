@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..validation import did_you_mean
+from .fusing import one_pass
 
 DEFAULT_SPARSITY = 0.5
 SAMPLED_FROM = 2**12  # entries of a row from which on a sample of it is worth its while
@@ -154,19 +155,20 @@ def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
     """
     if score.shape[1] <= MAX_GROUP:
         return _keep_largest_of_short_rows(score, keep, tiebreaks)
-    kept = torch.zeros_like(score, dtype=torch.bool)
-    open_ = torch.ones_like(kept)  # (rows, n): entries that are equal in all keys so far, some of which are kept
     missing = torch.full((score.shape[0], 1), keep, device=score.device)  # of each row, entries still to be found
-    for key in (score, *tiebreaks):
-        if key is not score:
-            key = torch.where(open_, key, -torch.inf)  # noqa: PLW2901
-        threshold = kth_largest(key, missing)
-        larger, open_ = key > threshold, key == threshold
-        kept |= larger
-        missing = missing - count(larger)
-        if torch.equal(count(open_), missing):
-            return kept.logical_or_(open_)
-    return kept.logical_or_(open_ & (open_.cumsum(1) <= missing))
+    threshold = kth_largest(score, missing)
+    reached, number = reaching(score, threshold)
+    if torch.equal(number, missing):
+        return reached
+    # Of entries that are equal in all keys so far some are kept: (rows, n).
+    kept, open_ = score > threshold, score == threshold
+    for key in tiebreaks:
+        missing = keep - count(kept)
+        closed = torch.where(open_, key, -torch.inf)
+        threshold = kth_largest(closed, missing)
+        kept |= closed > threshold
+        open_ = closed == threshold
+    return kept.logical_or_(open_ & (open_.cumsum(1) <= keep - count(kept)))
 
 
 def _keep_largest_of_short_rows(score: Tensor, keep: int, tiebreaks: tuple[Tensor, ...]) -> Tensor:
@@ -231,14 +233,27 @@ def _kth_largest_by_sample(score: Tensor, k: int) -> Tensor | None:
     first, last = int(place - spread), int(place + spread)
     high = sample[first] if first >= 0 else sample.new_tensor(inf)
     low = sample[last] if last < len(sample) else sample.new_tensor(-inf)
-    above = int(count((score > high)[None]))
-    between = (score >= low).logical_and_(score <= high)
-    inside = int(count(between[None]))
+    between, inside, above = _between(score, low, high)
+    inside, above = int(inside), int(above)
     if not above < k <= above + inside:
         return None
     if bool(low == high):
         return low
     return score[between].sort(descending=True).values[k - above - 1] if inside <= n // 2 else None
+
+
+@one_pass
+def _between(score: Tensor, low: Tensor, high: Tensor, *, scratch: None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries (n,) lie within bounds, a mask (n,); how many do, and how many lie above, int64 (1, 1)."""
+    between = (score >= low).logical_and_(score <= high)
+    return between, count(between[None]), count((score > high)[None])
+
+
+@one_pass
+def reaching(score: Tensor, threshold: Tensor, *, scratch: None = None) -> tuple[Tensor, Tensor]:
+    """Which entries (rows, n) are at least the threshold (rows, 1), and how many of each row, int64 (rows, 1)."""
+    reached = score >= threshold
+    return reached, count(reached)
 
 
 def count(mask: Tensor) -> Tensor:
@@ -250,19 +265,22 @@ def count(mask: Tensor) -> Tensor:
     return torch.stack([part.sum(1, keepdim=True, dtype=torch.float32).long() for part in parts]).sum(0)
 
 
-def hard_threshold_(out: Tensor, value: Tensor, threshold: Tensor, kept: Tensor) -> None:
+def hard_threshold_(out: Tensor, value: Tensor, threshold: Tensor, kept: Tensor | None = None) -> Tensor:
     """Write H_τ(value) to `out`: entries with |v| ≥ τ stay, the others become 0.
 
     Args:
         out: (out, in), overwritten.
         value: (out, in).
         threshold: τ, (1, 1) for the whole matrix or (out, 1) for each row.
-        kept: (out, in), overwritten: 1.0 where an entry stays, else 0.0. A mask of numbers is several times faster
-            to multiply with and to sum than one of booleans.
+        kept: Scratch (out, in), or None.
+
+    Returns:
+        (out, in), 1 where an entry stays, else 0: numbers in `kept`, which on a CPU are several times faster to
+        multiply with and to sum than booleans are; booleans where there is no scratch.
     """
-    torch.abs(value, out=kept)
-    torch.ge(kept, threshold, out=kept)
+    kept = torch.ge(torch.abs(value, out=kept), threshold, out=kept)
     torch.mul(value, kept, out=out)
+    return kept
 
 
 def keep_of_groups_(out: Tensor, value: Tensor, keep: int, group: int, scratch: Tensor) -> None:
@@ -289,5 +307,4 @@ def keep_of_groups_(out: Tensor, value: Tensor, keep: int, group: int, scratch: 
             beaten = (size[earlier] >= size[later]).view(torch.int8)
             rank[later].add_(beaten)
             rank[earlier].sub_(beaten)
-    torch.lt(rank, keep, out=by_member)
-    torch.mul(grouped, by_member, out=out.view(-1, group).T)
+    torch.mul(grouped, torch.lt(rank, keep, out=by_member), out=out.view(-1, group).T)

@@ -122,8 +122,13 @@ class Multiplier:
 
     def __call__(self, left: Tensor, out: Tensor | None = None) -> Tensor:
         """The product of a matrix (rows, in) with the matrix (in, in); `out` (rows, in) is overwritten."""
+        product, factor = self.unscaled(left, out)
+        return product if factor is None else product.mul_(factor)
+
+    def unscaled(self, left: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The same, (rows, in), but for a factor (rows, 1) by which its rows are still to be multiplied, or None."""
         if self.form == "plain":
-            return torch.mm(left, self._right, out=out)
+            return torch.mm(left, self._right, out=out), None
         # Every row (in,) has a power of two of its own, so that small ones are as accurate as large ones.
         largest = torch.linalg.vector_norm(left, inf, dim=1, keepdim=True)
         exponent = (TOP - torch.frexp(largest).exponent).clamp_max_(LIMIT)
@@ -132,7 +137,7 @@ class Multiplier:
             product = torch.mm(halves, self._right, out_dtype=torch.float32, **({} if out is None else {"out": out}))
         else:
             product = torch.mm(halves.float(), self._right, out=out)
-        return product.mul_(_power_of_two((-self._exponent - exponent).clamp_max_(127)))
+        return product, _power_of_two((-self._exponent - exponent).clamp_max_(127))
 
     def _halves(self, left: Tensor, scale: Tensor) -> Tensor:
         """[R_h | R_h | −R_l] (rows, 3 in) for R = left · scale (rows, in), or R_h alone (rows, in); fp16."""

@@ -7,10 +7,11 @@ Splitting the objective from the constraint is ADMM (Boyd et al. 2011); for prun
 Where the Gram matrix is ill conditioned, a gradient step moves next to nothing along most directions, and the published
 iteration ends near the support it began with. So the support comes from steps that are preconditioned by (A + ρI)⁻¹,
 
-    Z = H_k(S + U),   U ← U + S − Z,   S = (A + ρI)⁻¹ (A B + ρ (Z − U)),
+    Z = H_k(S + U),   U ← U + S − Z,   S = (A + ρI)⁻¹ (A B + ρ (Z − U)) = B + ρ (A + ρI)⁻¹ (Z − U − B),
 
 with H_k keeping as many entries as the pattern asks for, from the first step on, and ρ growing from `FIRST` to `LAST`,
-with one factorisation for each value: small ρ lets the support move, large ρ settles it. What follows never raises f on
+with one factorisation for each value: small ρ lets the support move, large ρ settles it. S is computed in its second
+form, since what is rounded in a product of Z − U − B is small where the error is. What follows never raises f on
 supports of that size. Two candidates compete, as in the paper's Algorithm 1:
 
     V = H_k(S − α∇f(S))                             the plain candidate, α < 1 / λmax(A): f(V) ≤ f(S)
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .config import MAIHTConfig
+from .fusing import one_pass
 from .patterns import Pattern
 from .precision import Multiplier, final_form, search_form
 from .problem import ScaledGram, largest_eigenvalue, scale_weight, shifted_cholesky, unscale_weight
@@ -62,9 +64,9 @@ def levels(steps: int) -> int:
 
 def products(config: MAIHTConfig) -> int:
     """Count the products of a layer (out, in) with a matrix (in, in), factorisations left out."""
-    # One for A B, one to measure the first point; of each pair of candidates, one to measure the plain one and two for
-    # the accelerated one, before and after its conjugate gradient steps.
-    return 1 + config.iterations + 1 + MONITORED * (CANDIDATE_STEPS + 3) + config.refine_iterations
+    # One to measure the first point; of each pair of candidates, one to measure the plain one and two for the
+    # accelerated one, before and after its conjugate gradient steps.
+    return config.iterations + 1 + MONITORED * (CANDIDATE_STEPS + 3) + config.refine_iterations
 
 
 def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
@@ -127,18 +129,16 @@ class Splitting:
 
     def threshold(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """H_k: the kept entries of a matrix (out, in), which is overwritten, and their mask."""
-        if self.free is not None:
-            value = value.mul_(self.free)
-        mask = self.pattern.mask(value.abs(), self.size)
-        if self.free is not None:
-            mask &= self.free != 0
+        score = value.abs() if self.free is None else value.abs().mul_(self.free)
+        mask = self._mask(score)
         return value.mul_(mask), mask
 
     def split(self, steps: int) -> tuple[Tensor, Tensor]:
         """Take so many preconditioned steps from the dense weight; returns the last Z (out, in) and its mask."""
         inverses, penalties = self.prepared.inverses, self.prepared.penalties
-        current, dual = self.target.clone(), torch.zeros_like(self.target)  # S and U (out, in)
-        pull = self.multiply(self.target)  # B A (out, in)
+        current, dual = torch.zeros_like(self.target), torch.zeros_like(self.target)  # S − B and U (out, in)
+        # |S + U|, and then what the next S − B is a product of (out, in).
+        other, factor = torch.empty_like(current), None
         before = penalties[0] if penalties else 1.0
         for step in range(steps):
             level = step * len(penalties) // steps
@@ -146,11 +146,17 @@ class Splitting:
                 # U is the multiplier divided by ρ: the multiplier stays what it was.
                 dual.mul_(before / penalty)
                 before = penalty
-            proposal = current.add_(dual)  # S + U
-            sparse, _ = self.threshold(proposal.clone())
-            dual = torch.sub(proposal, sparse, out=proposal)
-            current = inverses[level](torch.sub(sparse, dual, out=sparse).mul_(penalty).add_(pull))
-        return self.threshold(current.add_(dual))
+            propose(current, factor, self.target, dual, self.free, other)
+            separate(current, self._mask(other), penalty, self.target, dual, other)
+            current, factor = inverses[level].unscaled(other, out=current)
+        propose(current, factor, self.target, dual, self.free, other)
+        mask = self._mask(other)
+        return current.mul_(mask), mask
+
+    def _mask(self, score: Tensor) -> Tensor:
+        """The entries to keep, by their size (out, in), which is 0 for those that must stay 0: boolean."""
+        mask = self.pattern.mask(score, self.size)
+        return mask if self.free is None else mask & (self.free != 0)
 
     def measure(self, value: Tensor, mask: Tensor) -> Iterate:
         """The gradient and the loss of a sparse point: one product with A."""
@@ -171,17 +177,14 @@ class Splitting:
         # About ε λmax, the error of a curvature for directions of unit length.
         rounding = torch.finfo(value.dtype).eps / self.prepared.step_size
         for _ in range(steps):
-            image = self.multiply(direction).mul_(kept)  # (out, in)
-            curvature = _row_products(direction, image)
+            image, factor = self.multiply.unscaled(direction)  # (out, in)
+            curvature, norms = curve(image, factor, kept, direction)
             # Below rounding the curvature is none: where A is singular a step along it would have any length.
-            least = rounding * _row_products(direction, direction)
-            length = torch.where(curvature > least, square / curvature, 0)  # (out, 1)
-            value.addcmul_(length, direction)
-            residual.addcmul_(length, image, value=-1)
+            length = torch.where(curvature > rounding * norms, square / curvature, 0)  # (out, 1)
+            after = move(value, residual, direction, image, length)
             loss = loss - (length * square).sum(dtype=torch.float64) / 2
             losses.append(loss)
-            after = _row_products(residual, residual)
-            direction.mul_(torch.where(square > 0, after / square, 0)).add_(residual)
+            turn(direction, residual, torch.where(square > 0, after / square, 0))
             square = after
         return value, losses
 
@@ -201,7 +204,76 @@ class Splitting:
 
 def _row_products(one: Tensor, other: Tensor) -> Tensor:
     """Inner products of the rows of two matrices (out, in): (out, 1)."""
+    # In a function that is compiled no product may stand, which the other one is for torch.
+    if torch.compiler.is_compiling():
+        return (one * other).sum(1, keepdim=True)
     return torch.linalg.vecdot(one, other)[:, None]
+
+
+# ---- Passes over memory, with matrices (out, in); see `fusing`
+
+
+@one_pass
+def propose(
+    current: Tensor,
+    factor: Tensor | None,
+    target: Tensor,
+    dual: Tensor,
+    free: Tensor | None,
+    score: Tensor,
+    *,
+    scratch: None = None,
+) -> None:
+    """Turn S − B, which is `current` times the factor (out, 1), into S + U, and write its entries' size to `score`.
+
+    That is 0 where `free` is 0.
+    """
+    if factor is not None:
+        current.mul_(factor)
+    torch.abs(current.add_(target).add_(dual), out=score)
+    if free is not None:
+        score.mul_(free)
+
+
+@one_pass
+def separate(
+    proposal: Tensor, mask: Tensor, penalty: float, target: Tensor, dual: Tensor, right: Tensor, *, scratch: None = None
+) -> None:
+    """From S + U and the entries kept, of which Z is made, write U = S + U − Z, and ρ (Z − U − B) to `right`."""
+    torch.mul(proposal, mask, out=right)
+    torch.sub(proposal, right, out=dual)
+    right.sub_(dual).sub_(target).mul_(penalty)
+
+
+@one_pass
+def curve(
+    product: Tensor, factor: Tensor | None, kept: Tensor, direction: Tensor, *, scratch: None = None
+) -> tuple[Tensor, Tensor]:
+    """Turn the product of directions with A, given but for the factor (out, 1), into its entries on the support.
+
+    Returns:
+        Curvatures along the directions (out, 1), and the directions' squared norms (out, 1).
+    """
+    if factor is not None:
+        product.mul_(factor)
+    product.mul_(kept)
+    return _row_products(direction, product), _row_products(direction, direction)
+
+
+@one_pass
+def move(
+    value: Tensor, residual: Tensor, direction: Tensor, image: Tensor, length: Tensor, *, scratch: None = None
+) -> Tensor:
+    """Go a length (out, 1) along the directions: `value` and `residual` change. Returns squared norms of the latter."""
+    value.addcmul_(length, direction)
+    residual.addcmul_(length, image, value=-1)
+    return _row_products(residual, residual)
+
+
+@one_pass
+def turn(direction: Tensor, residual: Tensor, ratio: Tensor, *, scratch: None = None) -> None:
+    """Make the next directions: the residual and so much (out, 1) of the last ones."""
+    direction.mul_(ratio).add_(residual)
 
 
 def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern, config: MAIHTConfig) -> Solution:
