@@ -120,7 +120,7 @@ def smollm2_folder(smollm2_gguf, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2_gguf, tmp_path_factory, pytestconfig):
-    """SmolLM2's tokenizer: byte-level BPE, 49,152 tokens. Read from GGUF, which takes many seconds, once and for all."""
+    """SmolLM2's tokenizer: byte-level BPE, 49,152 tokens. From GGUF, which takes many seconds, it is read once."""
     import tokenizers
     import transformers
 
