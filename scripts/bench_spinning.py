@@ -1,11 +1,12 @@
-"""Measure what threads that wait by spinning cost mAIHT on small layers, alone and beside other work.
+"""Measure what threads that wait by spinning cost mAIHT on layers that are not large, alone and beside other work.
 
     python scripts/bench_spinning.py
     python scripts/bench_spinning.py --beside      # beside a process for each core
 
 Each row is a layer and a number of threads, each column a `GOMP_SPINCOUNT`. That must be set before torch is loaded, so
 that each is measured in a process of its own. They take turns, so that a slow moment of the machine meets all, and
-medians count. Ratios within one run of this script can be relied upon, seconds of two runs cannot be compared.
+medians count. Ratios within one run of this script can be relied upon, seconds of two runs cannot be compared. The
+smallest layer is solved with one thread, however many there are (`solvers/threads.py`).
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = [(512, 256), (1536, 576), (576, 1536)]
+SHAPES = [(512, 256), (512, 512), (1536, 576), (576, 1536)]
 SPINS = ["1000", "3000", "10000", "default"]
 
 PROGRAM = """

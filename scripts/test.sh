@@ -13,4 +13,6 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # OpenMP's threads wait for each other by spinning: beside other work, that takes longer than the work does.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
+# Where no bytecode may be written, each process would rewrite the assertions of all tests again.
+unset PYTHONDONTWRITEBYTECODE
 exec .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal "$@"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,19 @@ def smollm2_gguf():
         pytest.skip(f"SmolLM2 could not be fetched: {error}")
 
 
+def made_once(folder, make):
+    """A folder that several processes ask for, made by the first: whole, or not there."""
+    from filelock import FileLock
+
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder(smollm2_gguf, tmp_path_factory):
     """SmolLM2 with its tokenizer, as a Hugging Face folder: a GGUF file takes half a minute to read.
@@ -87,33 +101,38 @@ def smollm2_folder(smollm2_gguf, tmp_path_factory):
     `as_read.pt` holds tokens of `CAPITAL` and the logits for them of the model that was read.
     """
     import torch
-    from filelock import FileLock
 
     from maiht_lightning.models.loading import load_model, load_tokenizer
 
+    def make(folder):
+        # A .gguf file has no format that could be kept.
+        model, tokenizer = load_model(str(smollm2_gguf), None).eval(), load_tokenizer(str(smollm2_gguf))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        tokens = torch.tensor([tokenizer(CAPITAL).input_ids])
+        with torch.no_grad():
+            torch.save({"tokens": tokens, "logits": model(tokens).logits}, folder / "as_read.pt")
+
     # One for all processes of a run: each has a base of its own below the run's.
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            partial = folder.with_suffix(".partial")
-            # A .gguf file has no format that could be kept.
-            model, tokenizer = load_model(str(smollm2_gguf), None).eval(), load_tokenizer(str(smollm2_gguf))
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            tokens = torch.tensor([tokenizer(CAPITAL).input_ids])
-            with torch.no_grad():
-                torch.save({"tokens": tokens, "logits": model(tokens).logits}, partial / "as_read.pt")
-            partial.rename(folder)
-    return folder
+    return made_once((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2", make)
 
 
 @pytest.fixture(scope="session")
-def tokenizer(smollm2_gguf):
-    """SmolLM2's tokenizer: byte-level BPE, 49,152 tokens."""
-    from transformers import AutoTokenizer
+def tokenizer(smollm2_gguf, tmp_path_factory, pytestconfig):
+    """SmolLM2's tokenizer: byte-level BPE, 49,152 tokens. From GGUF, which takes many seconds, it is read once."""
+    import tokenizers
+    import transformers
 
-    return AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    def make(folder):
+        read = transformers.AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+        read.save_pretrained(folder)
+
+    # With `-p no:cacheprovider` there is no cache.
+    cache = getattr(pytestconfig, "cache", None)
+    base = cache.mkdir("smollm2") if cache else tmp_path_factory.getbasetemp()
+    versions = f"transformers-{transformers.__version__}-tokenizers-{tokenizers.__version__}"
+    return transformers.AutoTokenizer.from_pretrained(made_once(base / versions, make))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,11 @@ from maiht_lightning import MAIHTPruning
 from maiht_lightning.callbacks import verification
 from maiht_lightning.models.sparsity import count_zeros, measured_sparsity
 from maiht_lightning.pruning.pruner import prune_model
+from maiht_lightning.solvers.config import PRESETS
 
 LAYERS = 14
+# As by default, but for the number of steps.
+FEW_STEPS = replace(PRESETS["balanced"], iterations=6, refine_iterations=4)
 
 
 @pytest.fixture
@@ -36,6 +40,7 @@ def module(sharp_llama):
 
 
 def pruning(tmp_path, **settings):
+    settings = {"config": FEW_STEPS, **settings}
     return MAIHTPruning(calibration=Windows(), output_dir=str(tmp_path / "run"), **settings)
 
 

@@ -293,6 +293,7 @@ def test_lines_of_progress_have_step_and_loss(monkeypatch, caplog, tiny_llama):
     ]
 
 
+@pytest.mark.slow
 def test_output_that_is_no_longer_read_is_no_error():
     import subprocess
 

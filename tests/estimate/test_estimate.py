@@ -142,8 +142,8 @@ def test_operations_follow_the_iterations(llama):
 def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch, config):
     """A block's capture and reconstruction, of a model that is large enough for what happens once not to matter."""
     model = tiny_llama(vocab_size=64, num_hidden_layers=6)
-    windows = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
-    epochs = 2 if config.reconstruction_epochs else 0
+    windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
+    phases = {"capture": 0, "reconstruct": 2} if config.reconstruction_epochs else {"capture": 0}
 
     class Halving:
         """In place of the solver, whose products are not counted here."""
@@ -155,18 +155,25 @@ def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch,
             mask = weight.abs() > weight.abs().median()
             return LayerResult(weight * mask, mask, 0.5, [], [], 0.0)
 
+    def find(name, width, inner):
+        assert (name, width, inner) == ("local", 64, 128)
+        return SHEETS["a100-80gb"]
+
     monkeypatch.setattr("maiht_lightning.pruning.block_pruner.LayerSolver", Halving)
+    # What is predicted beside operations is not compared here: neither is the machine measured, nor need layers be
+    # solved with many steps to count those.
+    monkeypatch.setattr("maiht_lightning.estimate.plan.find_device", find)
+    config = replace(config, iterations=2, refine_iterations=1)
     counted = {}
-    for name, some in (("capture", 0), ("reconstruct", epochs)):
+    for name, epochs in phases.items():
+        spec = PruningSpec.parse(config=replace(config, reconstruction_epochs=epochs))
         with FlopCounterMode(display=False) as flops:
-            prune(copy.deepcopy(model), windows, config=replace(config, reconstruction_epochs=some), progress=False)
-        counted[name] = flops.get_total_flops()
-    counted["reconstruct"] -= counted["capture"]
-    spec = PruningSpec.parse(config=replace(config, reconstruction_epochs=epochs))
-    found = predict_pruning(model, spec, samples=16, seqlen=16, batch_size=1)
-    assert list(found) == ["capture", "solve", *(["reconstruct"] if epochs else [])]
+            prune(copy.deepcopy(model), windows, config=spec.config, progress=False)
+        counted[name] = flops.get_total_flops() - counted.get("capture", 0)
+    found = predict_pruning(model, spec, samples=6, seqlen=16, batch_size=1)
+    assert found.keys() == {"solve", *phases}
     assert found["capture"]["flops"] == pytest.approx(counted["capture"], rel=0.12)
-    if epochs:
+    if "reconstruct" in phases:
         assert found["reconstruct"]["flops"] == pytest.approx(counted["reconstruct"], rel=0.15)
     assert all(phase["seconds"] > 0 and phase["device_bytes"] > 0 for phase in found.values())
 
@@ -274,8 +281,9 @@ def test_minutes_of_llama_7b_on_an_a100(llama):
 def test_seconds_of_products_from_halves(llama):
     """Three of half precision for one of float32, or one while the support is sought; on a CPU as float32 ones."""
     device = SHEETS["h100-80gb"]
-    for name, products in {"fp16x3": 3 * 133, "mixed": 100 + 3 * 33, "auto": 100 + 3 * 33}.items():
-        config = MAIHTConfig(precision=name)
+    few = {"iterations": 7, "refine_iterations": 5}
+    for name, products in {"fp16x3": 3 * 22, "mixed": 14 + 3 * 8, "auto": 14 + 3 * 8}.items():
+        config = MAIHTConfig(precision=name, **few)
         phase = phases_of(llama, published(config=config), "h100-80gb")["solve"]
         moved = 32 * LINEARS * count_solver(PruningSpec.parse(config=config.on("cuda")), fused=True).moved
         assert phase.flops == pytest.approx(32 * products * PRODUCT, rel=1e-9)
@@ -283,8 +291,8 @@ def test_seconds_of_products_from_halves(llama):
         assert phase.seconds == pytest.approx(taken, rel=1e-9)
     host = replace(device, host_link=float("inf"))
     (_, emulated, *_) = estimate(llama, published(config=config), host).phases
-    assert emulated.flops == pytest.approx(32 * 133 * PRODUCT, rel=1e-9)  # where `auto` is float32
-    (_, emulated, *_) = estimate(llama, published(config=MAIHTConfig(precision="mixed")), host).phases
+    assert emulated.flops == pytest.approx(32 * 22 * PRODUCT, rel=1e-9)  # where `auto` is float32
+    (_, emulated, *_) = estimate(llama, published(config=MAIHTConfig(precision="mixed", **few)), host).phases
     assert emulated.seconds > emulated.flops / host.flops_fp32
 
 
@@ -318,15 +326,15 @@ def test_passes_are_fused_where_a_run_would_fuse_them(llama):
 def test_bytes_of_products_from_halves():
     """By hand, for a matrix (out, in): its rows' largest entries, a high and a low part, the sum scaled back."""
     single, three, mixed = (
-        count_solver(PruningSpec.parse(config=MAIHTConfig(precision=name))).moved
+        count_solver(PruningSpec.parse(config=MAIHTConfig(precision=name, iterations=7, refine_iterations=5))).moved
         for name in ("float32", "fp16x3", "mixed")
     )
     one_half = 4 + (4 + 2) + 8
     # The high part is written twice, for which the matrix is read twice.
     three_halves = one_half + (4 + 2) + (4 + 2 + 2)
     # What is done for a row, for its power of two, is not nothing in the small layers that are counted.
-    assert three - single == pytest.approx(133 * three_halves, rel=0.1)
-    assert mixed - single == pytest.approx(100 * one_half + 33 * three_halves, rel=0.1)
+    assert three - single == pytest.approx(22 * three_halves, rel=0.1)
+    assert mixed - single == pytest.approx(14 * one_half + 8 * three_halves, rel=0.1)
 
 
 @pytest.mark.slow
@@ -403,7 +411,8 @@ def test_half_of_a_gram_matrix_takes_as_many_operations_as_predicted(size):
 
 def test_the_command_prints_and_writes(config, tmp_path, capsys):
     output = tmp_path / "found.json"
-    main(["estimate", "--model", str(config), "--gpu", "a100-80gb", "--train_steps", "10", "--output", str(output)])
+    options = ["--gpu", "a100-80gb", "--method", "wanda", "--train_steps", "10", "--output", str(output)]
+    main(["estimate", "--model", str(config), *options])
     table = capsys.readouterr().out
     assert all(word in table for word in ("6.74 B", "finetune", "capture", "solve", "evaluate", "All of it fits"))
     found = json.loads(output.read_text())

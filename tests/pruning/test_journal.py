@@ -20,6 +20,7 @@ from maiht_lightning.pruning.journal import Journal, drop_weights, fingerprint, 
 from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.records import LayerRecord
 from maiht_lightning.solvers import MAIHTConfig, PruningSpec
+from maiht_lightning.solvers.config import PRESETS
 
 # `maiht_lightning.prune` may hide its module's name.
 solving = importlib.import_module("maiht_lightning.pruning.solving")
@@ -567,7 +568,8 @@ def test_what_the_journal_takes_is_counted_and_is_no_solving(make, monkeypatch, 
     monkeypatch.setattr("maiht_lightning.pruning.pruner.fingerprint", digest)
     monkeypatch.setattr(Journal, "save", save)
     for config in ("paper", "best"):
-        settings = {"config": config, "progress": False}
+        few = replace(PRESETS[config], iterations=3, refine_iterations=2)
+        settings = {"config": few, "progress": False}
         report = prune(make(), WINDOWS, journal_dir=tmp_path / config, **settings)
         assert (report.journal_seconds, report.seconds) == (27.0, 27.0)
         assert prune(make(), WINDOWS, **settings).journal_seconds == 0

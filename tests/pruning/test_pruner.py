@@ -3,6 +3,7 @@
 import copy
 import importlib
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ from maiht_lightning.models.sparsity import count_zeros, measured_sparsity
 from maiht_lightning.pruning.block_pruner import PruningError
 from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.solvers import METHODS, MAIHTConfig, prune_layer
+from maiht_lightning.solvers.config import PRESETS
 
 # `maiht_lightning.prune` may hide its module's name.
 pruner = importlib.import_module("maiht_lightning.pruning.block_pruner")
 solving = importlib.import_module("maiht_lightning.pruning.solving")
+
+# As by default, but for the number of steps.
+QUICK = replace(PRESETS["balanced"], iterations=6, refine_iterations=3)
 
 
 @pytest.fixture
@@ -140,7 +145,7 @@ def test_zeros_are_exact(llama, windows, method, pattern, sparsity):
 
 
 def test_report_tells_errors_and_times(llama, windows):
-    report = prune(llama, windows, progress=False)
+    report = prune(llama, windows, config=QUICK, progress=False)
     assert all(0 < r.relative_error < 1 for r in report.layers)
     assert all(r.objective for r in report.layers)
     assert report.solve_seconds >= sum(r.seconds for r in report.layers) > 0
@@ -151,7 +156,7 @@ def test_report_tells_errors_and_times(llama, windows):
 @pytest.mark.slow
 def test_only_the_linear_layers_of_the_blocks_change(llama, windows):
     before = state(llama)
-    prune(llama, windows, progress=False)
+    prune(llama, windows, config=QUICK, progress=False)
     assert changed(llama, before) == weights_of(llama)
 
 
@@ -160,7 +165,7 @@ def test_tied_weights_stay_tied(tiny_llama, windows):
     model = tiny_llama(vocab_size=64, tie_word_embeddings=True)
     embedding = model.model.embed_tokens.weight
     before = embedding.clone()
-    prune(model, windows, progress=False)
+    prune(model, windows, config=QUICK, progress=False)
     assert model.lm_head.weight is embedding
     assert torch.equal(embedding, before)
 
@@ -173,7 +178,7 @@ def test_mode_dtype_gradients_and_parameters_are_kept(llama, windows, dtype):
     llama.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     modes = [module.training for module in llama.modules()]
     parameters = {name: (id(p), p.requires_grad) for name, p in llama.named_parameters()}
-    prune(llama, windows, progress=False)
+    prune(llama, windows, config=QUICK, progress=False)
     assert [module.training for module in llama.modules()] == modes
     assert {name: (id(p), p.requires_grad) for name, p in llama.named_parameters()} == parameters
     assert all(p.dtype == dtype and p.device.type == "cpu" for p in llama.parameters())
@@ -185,8 +190,8 @@ def test_mode_dtype_gradients_and_parameters_are_kept(llama, windows, dtype):
 @pytest.mark.slow
 def test_dropout_is_off_while_pruning_a_model_in_training(tiny_llama, windows):
     one, two = (tiny_llama(vocab_size=64, attention_dropout=0.5) for _ in range(2))
-    prune(one.train(), windows, progress=False)
-    prune(two.eval(), windows, progress=False)
+    prune(one.train(), windows, config=QUICK, progress=False)
+    prune(two.eval(), windows, config=QUICK, progress=False)
     assert changed(one, state(two)) == set()
 
 
@@ -236,9 +241,9 @@ def test_gram_matrices_are_in_tf32_where_the_solver_may_be(llama, windows, preci
 def test_autocast_does_not_reuse_dense_weights(llama, windows):
     cached, fresh = copy.deepcopy(llama), copy.deepcopy(llama)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        prune(cached, windows, progress=False)
+        prune(cached, windows, config=QUICK, progress=False)
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        prune(fresh, windows, progress=False)
+        prune(fresh, windows, config=QUICK, progress=False)
     assert changed(cached, state(fresh)) == set()
     assert cached.dtype == torch.float32
 
@@ -247,8 +252,8 @@ def test_autocast_does_not_reuse_dense_weights(llama, windows):
 def test_works_in_inference_mode(llama, windows):
     other = copy.deepcopy(llama)
     with torch.inference_mode():
-        prune(llama, windows, progress=False)
-    prune(other, windows, progress=False)
+        prune(llama, windows, config=QUICK, progress=False)
+    prune(other, windows, config=QUICK, progress=False)
     assert changed(llama, state(other)) == set()
     llama(windows, labels=windows).loss.backward()
 
@@ -377,7 +382,7 @@ class ModelOfExperts(nn.Module):
 def test_experts_in_a_list_are_refused_before_anything_is_pruned(windows):
     torch.manual_seed(0)
     dense, routed = ModelOfExperts(False, False), ModelOfExperts(True, True)
-    prune(dense, windows, progress=False)
+    prune(dense, windows, config=QUICK, progress=False)
     assert sum(int((linear.weight == 0).sum()) for linear in linears_of(dense)) == 32 * len(list(linears_of(dense)))
     before = state(routed)
     with pytest.raises(PruningError, match=r"blocks\.0 could not .* but experts\.0 ran on .* mixtures of experts"):
@@ -427,7 +432,7 @@ def test_a_layer_that_fails_is_named_alone(llama, windows, monkeypatch):
 
     monkeypatch.setattr(solving.LayerSolver, "prune", fail)
     with pytest.raises(PruningError, match=r"^model\.layers\.1\.self_attn\.k_proj could not be pruned: x"):
-        prune(llama, windows, progress=False)
+        prune(llama, windows, config=QUICK, progress=False)
     assert changed(llama, before) == weights_of(llama, 0)
 
 
@@ -450,7 +455,7 @@ def test_a_failing_solver_names_the_layer_and_leaves_its_block(llama, windows, m
     before, llama = state(llama), llama.train()
     interrupted(monkeypatch, error, groups=4 + 3)  # gate and up of block 1
     with pytest.raises(PruningError, match=r"model\.layers\.1\.mlp\.gate_proj, model\.layers\.1\.mlp\.up_proj.*: x"):
-        prune(llama, windows, progress=False)
+        prune(llama, windows, config=QUICK, progress=False)
     assert changed(llama, before) == weights_of(llama, 0)
     assert all(module.training for module in llama.modules())
 
@@ -480,7 +485,7 @@ def test_an_interrupt_while_solving_leaves_whole_blocks(llama, windows, monkeypa
     before = state(llama)
     interrupted(monkeypatch, KeyboardInterrupt(), groups=4 + 2)
     with pytest.raises(KeyboardInterrupt):
-        prune(llama, windows, progress=False)
+        prune(llama, windows, config=QUICK, progress=False)
     assert changed(llama, before) == weights_of(llama, 0)
 
 
@@ -513,11 +518,11 @@ def test_an_error_in_on_block_leaves_whole_blocks(llama, windows):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        prune(llama, windows, progress=False, on_block=fail)
+        prune(llama, windows, config=QUICK, progress=False, on_block=fail)
     assert changed(llama, before) == weights_of(llama, 0)
 
 
 def test_no_warnings_without_a_journal(llama, windows, caplog):
     with caplog.at_level(logging.WARNING):
-        prune(llama, windows, progress=False)
+        prune(llama, windows, config=QUICK, progress=False)
     assert not caplog.records

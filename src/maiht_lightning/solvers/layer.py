@@ -18,6 +18,7 @@ from .precision import Multiplier, error_form, float32_products
 from .problem import relative_error, scale_gram
 from .slices import rows_within, solver_bytes
 from .spec import PruningSpec
+from .threads import threads_for
 
 
 @dataclass
@@ -178,6 +179,7 @@ class LayerSolver:
         with (
             torch.autocast(tensor.device.type, enabled=False),
             float32_products(tf32=self.spec.config.precision == "tf32"),
+            threads_for(tensor),
         ):
             yield
 
