@@ -190,7 +190,7 @@ COMMANDS: dict[str, Command] = {
             Setting("--output_dir", "FOLDER", "", "where the report goes; a fresh folder in reports/"),
             Setting("--wandb", "", "false", "true also publishes a W&B Report; extra wandb"),
             Setting("--entity", "NAME", "", "W&B user or team; by default that of WANDB_ENTITY"),
-            Setting("--project", "NAME", "maiht-lightning", "W&B project"),
+            Setting("--project", "NAME", "", "W&B project; by default that of the runs"),
         ),
     ),
     "export": Command(
