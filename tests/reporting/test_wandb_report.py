@@ -1,10 +1,12 @@
 """A real offline W&B run, and the report as it is sent: panels of what the run has logged, and of this run alone."""
 
 import json
+import re
 
 import pytest
 
 from helpers.byte_model import save_folder
+from helpers.terminal import ROOT, maiht
 from helpers.wandb_file import finished_records
 from helpers.wandb_server import wandb_server
 from maiht_lightning.cli import main
@@ -89,3 +91,50 @@ def test_what_is_logged_of_a_block_has_the_blocks_for_its_axis(folder):
     assert {name.rpartition(".")[2] for name in of_blocks if "." in name} == set(LAYERS)
     assert {name: defined.get(name) for name in of_blocks} == dict.fromkeys(of_blocks, "prune/block")
     assert defined["prune/block"] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("command", ["fit", "report"])
+def test_without_wandbs_key_there_is_a_remedy_and_no_traceback(command, folder, tmp_path):
+    """As on a cluster, where nobody can be asked for it; a fit ends before its model is loaded."""
+    if command == "fit":
+        save_folder(tmp_path / "model")
+        (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
+        settings = "--model.name_or_path model --data PythonDocsDataModule --data.seqlen 32 --trainer.max_steps 1"
+        settings += " --pruning.calibration PythonDocsCalibration --pruning.evaluation.perplexity [python_docs]"
+        settings += " --trainer.accelerator cpu --trainer.logger WandbLogger"
+    else:
+        pytest.importorskip("wandb_workspaces.reports.v2")
+        settings = f"{folder} --wandb true"
+    nothing = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc")}
+    shown = maiht(command, *settings.split(), cwd=tmp_path, **nothing)
+    told = shown.err.splitlines()
+    assert (shown.status, "Traceback" in shown.err) == (2, False), shown.err[-3000:]
+    (place,) = [number for number, line in enumerate(told) if line.startswith("maiht: error: W&B: ")]
+    assert "wandb login" in told[place]
+    assert "--trainer.logger.offline true" in told[place + 1]
+    # What is asked of W&B comes last.
+    assert command == "fit" or list(tmp_path.glob("reports/*/report.html"))
+
+
+@pytest.mark.slow
+def test_an_offline_run_can_be_looked_at_without_an_account(folder, tmp_path):
+    """By W&B's own viewer, with the guide's words."""
+    from wandb.cli.cli import cli
+
+    if "leet" not in cli.commands:
+        pytest.skip("this version of wandb has no viewer")
+    page = (ROOT / "docs" / "guides" / "wandb.md").read_text()
+    told = [line.partition(" #")[0].split() for line in re.findall(r"^wandb (.*)$", page, re.MULTILINE)]
+    assert {words[0] for words in told} == {"leet", "sync"} <= cli.commands.keys()
+    assert {words[-1] for words in told} == {"runs/NAME/wandb/offline-run-*"}
+    (run,) = folder.glob("wandb/offline-run-*")
+    nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
+    (words,) = [words[:-1] for words in told if "--summary" in words]
+    shown = maiht(*words, run, program=("-m", "wandb"), cwd=tmp_path, **nobody)
+    assert shown.status == 0, shown.err
+    seen = dict(line.split(None, 1) for line in shown.out.splitlines() if len(line.split()) == 2)
+    for name, stage in json.loads((folder / "summary.json").read_text())["stages"].items():
+        assert float(seen[f"{name}/perplexity/python_docs"]) == stage["perplexity"]["python_docs"]
+    assert (seen["project"], seen["method"]) == ("ours", "wanda")
