@@ -110,6 +110,14 @@ def test_a_layer_that_cannot_be_pruned_is_a_failure(shown, monkeypatch):
     assert problem["what"] == "a small layer cannot be pruned: RuntimeError: illegal instruction"
 
 
+def test_what_is_in_a_cache_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAIHT_CACHE_DIR", str(tmp_path / "cache"))
+    for words in ("made when it is needed", "1 entry, ", "2 entries, "):
+        if words[0].isdigit():
+            (tmp_path / "cache" / words[0]).mkdir(parents=True)
+        assert f"{tmp_path / 'cache'}, {words}" in environment_checks.caches()["cache of maiht"]
+
+
 def test_too_few_zeros_are_a_failure(monkeypatch):
     import torch
 
