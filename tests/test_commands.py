@@ -282,6 +282,8 @@ def test_a_published_report_reaches_the_server(tmp_path, options):
     for name, method, found in (("a", "maiht", 54.4), ("b", "wanda", 80.7)):
         run_folder(tmp_path / name, method, 29.9, found)
         (tmp_path / name / "wandb" / f"offline-run-20250101_120000-id{name}").mkdir(parents=True)
+        loggers = [True, {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"project": "theirs"}}]
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
     source = str(Path(__file__).parents[1] / "src")
     command = [sys.executable, "-m", "maiht_lightning.cli", "report", "a", "b", "--wandb", "true", *options]
     with wandb_server() as (environment, saved):
@@ -290,7 +292,7 @@ def test_a_published_report_reaches_the_server(tmp_path, options):
             command, cwd=tmp_path, env={**os.environ, **settings}, capture_output=True, text=True, check=False
         )
     assert done.returncode == 0, done.stderr[-3000:]
-    entity, project = ("me", "mine") if options else ("our-team", "maiht-lightning")
+    entity, project = ("me", "mine") if options else ("our-team", "theirs")
     (view,) = saved
     assert (view["entityName"], view["projectName"], view["type"]) == (entity, project, "runs")
     assert view["displayName"] == "Pruning runs compared"

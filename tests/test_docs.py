@@ -27,6 +27,7 @@ from helpers.byte_model import byte_tokenizer, llama_config, save_folder
 from helpers.own_module import OwnModule, trainer
 from helpers.sharp_model import perplexity_by_definition
 from helpers.small_texts import SCRIPTS, load_script, run_script, write_texts
+from helpers.wandb_file import read_run
 from maiht_lightning import cli, commands
 from maiht_lightning.distributed import Ranks
 from maiht_lightning.solvers import METHODS, LayerSolver, PruningSpec, parse_pattern
@@ -115,6 +116,13 @@ def test_every_command_is_one_that_its_program_takes(words, tmp_path, monkeypatc
     if program == "cp":
         assert arguments[0].startswith("runs/")
         assert (ROOT / arguments[1]).parent.is_dir()
+        return
+    if arguments[:3] == ["-m", "pip", "install"]:
+        # From the clone, with extras that there are; scripts/check_release.py installs each.
+        option, file, package = arguments[3:]
+        assert (option, (ROOT / file).is_file()) == ("--constraint", True)
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(re.fullmatch(r"\.\[([\w,]+)\]", package)[1].split(",")) <= extras.keys()
         return
     if program == "python":
         assert (ROOT / arguments[0]).is_file()
@@ -567,6 +575,8 @@ def test_the_table_of_files_is_a_runs_folder(folder, tmp_path, monkeypatch):
         "trainer.accelerator": "cpu",
         "trainer.max_steps": 2,
         "trainer.limit_val_batches": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.log_every_n_steps": 1,
         "trainer.logger": "WandbLogger",
         "trainer.logger.offline": "true",
         "pruning.method": "wanda",
@@ -596,6 +606,26 @@ def test_the_table_of_files_is_a_runs_folder(folder, tmp_path, monkeypatch):
     finetuned = maiht_lightning.CausalLMModule("run/model_finetuned")
     finetuned.configure_model()
     assert all(torch.equal(weight, compact[name]) for name, weight in finetuned.model.state_dict().items())
+    check_sections({name for row in read_run(Path("run"))[0] for name in row})
+
+
+def check_sections(logged):
+    """The table of what is in a W&B run names all that this one has logged, and nothing else."""
+    # These need tasks, metrics of one's own, or reconstruction.
+    absent = {"mean_accuracy", "tasks/TASK/METRIC", "metrics/NAME", "block_error/before", "block_error/after"}
+    sections = set()
+    for section, content, _ in rows_after("| section |"):
+        names = re.findall(r"`(\w+)`", section)
+        sections |= set(names)
+        for span in set(re.findall(r"`([\w/]+)`", content)) - absent:
+            for name in [span] if span.split("/")[0] in names else [f"{name}/{span}" for name in names]:
+                pattern = re.sub(r"[A-Z]+", ".+", name)
+                # A table's are `layers.nrows` and so on.
+                assert any(re.fullmatch(rf"{pattern}(\.nrows)?", each) for each in logged), name
+    # The axis of the training is a name of its own.
+    assert {name.split("/")[0] for name in logged if "/" in name} == sections - {"tasks"} | {"trainer"}
+    alone = {name for name in logged if "/" not in name and not name.startswith("_")}
+    assert alone == {"epoch", "peak_memory_bytes"}
 
 
 # ---- Counts in the text

@@ -11,6 +11,8 @@ from .interrupts import interrupts
 
 # What the user can mend, beside Lightning's MisconfigurationException.
 USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError)
+# W&B itself names no way but an account.
+WITHOUT_WANDB = "Runs need no account with --trainer.logger.offline true; `wandb sync` sends them later."
 # They have a Trainer.
 RUNS = ("fit", "prune", "validate", "test")
 
@@ -41,7 +43,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not _is_the_users(error) or os.environ.get("MAIHT_TRACEBACK"):
             raise
-        print(f"maiht: error: {error}\n(MAIHT_TRACEBACK=1 shows where.)", file=sys.stderr)
+        told = f"W&B: {error}\n{WITHOUT_WANDB}" if _is_of_wandb(error) else error
+        print(f"maiht: error: {told}\n(MAIHT_TRACEBACK=1 shows where.)", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -111,6 +114,8 @@ def _is_the_users(error: BaseException) -> bool:
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")
     if isinstance(error, OSError) or (lightning and isinstance(error, lightning.MisconfigurationException)):
         return True
+    if _is_of_wandb(error):
+        return True
     if not isinstance(error, USER_ERRORS):
         return False
     traceback, raised_in = error.__traceback__, ""
@@ -118,6 +123,12 @@ def _is_the_users(error: BaseException) -> bool:
         raised_in = traceback.tb_frame.f_globals.get("__name__", "")
         traceback = traceback.tb_next
     return raised_in.split(".")[0] in ("maiht_lightning", "jsonargparse")
+
+
+def _is_of_wandb(error: BaseException) -> bool:
+    """Whether W&B refuses or cannot be reached; wandb-workspaces makes a bare Exception of it."""
+    wandb = sys.modules.get("wandb.errors")
+    return wandb is not None and any(isinstance(each, wandb.Error) for each in (error, error.__cause__))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def report(args: list[str]) -> None:
     )
     parser.add_argument("--wandb", type=bool, default=False, help="Also publish a W&B Report; needs the extra wandb.")
     parser.add_argument("--entity", type=str, default=os.environ.get("WANDB_ENTITY", ""), help="W&B user or team.")
-    parser.add_argument("--project", type=str, default="maiht-lightning", help="W&B project.")
+    parser.add_argument("--project", type=str | None, default=None, help="W&B project (default: that of the runs).")
     settings = parser.parse_args(args)
     runs = [read_run(folder) for folder in settings.runs]
     table = comparison(runs)

@@ -4,7 +4,7 @@ import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import pytest
 
@@ -93,7 +93,8 @@ def test_what_pruning_needs_is_a_failure(shown, monkeypatch, found, told):
     assert status == 1
     (problem,) = [line for line in text.splitlines() if line.startswith("Problem: transformers")]
     assert problem.endswith(f": {told}")
-    assert "  pip install 'transformers>=5.0'" in text.splitlines()
+    (requirement,) = [each for each in requires("maiht-lightning") if each.startswith("transformers")]
+    assert f"  pip install '{requirement}'" in text.splitlines()
     assert text.splitlines()[-1] == "Pruning cannot work here: see the problems."
 
 
@@ -107,6 +108,14 @@ def test_a_layer_that_cannot_be_pruned_is_a_failure(shown, monkeypatch):
     assert status == 1
     (problem,) = json.loads(text)["problems"]
     assert problem["what"] == "a small layer cannot be pruned: RuntimeError: illegal instruction"
+
+
+def test_what_is_in_a_cache_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAIHT_CACHE_DIR", str(tmp_path / "cache"))
+    for words in ("made when it is needed", "1 entry, ", "2 entries, "):
+        if words[0].isdigit():
+            (tmp_path / "cache" / words[0]).mkdir(parents=True)
+        assert f"{tmp_path / 'cache'}, {words}" in environment_checks.caches()["cache of maiht"]
 
 
 def test_too_few_zeros_are_a_failure(monkeypatch):

@@ -76,15 +76,18 @@ def test_the_first_screen_of_a_command(name, columns):
     assert first <= 4
     assert lines[first + 1].startswith(f"  maiht {name}")
     assert len(lines) <= 36
-    # What is copied is not broken, and stays within a hundred columns.
-    copied = command.example.splitlines()
-    assert max(len(line) for line in lines if line.strip() not in [each.strip() for each in copied]) <= columns
-    assert max(map(len, copied)) <= 98
+    # What is copied is not wrapped, and stays within eighty columns all the same.
+    assert max(map(len, lines)) <= columns
+    assert "  " + command.example in shown.out
+    assert " ".join(command.more.split()) in " ".join(shown.out.split())
     # A dozen settings, each with what it is or when to turn it.
     assert len(command.settings) <= 16
     for setting in command.settings:
-        (line,) = [line for line in lines if line.startswith(f"  {setting.name} ") or line.strip() == setting.name]
-        assert line[len(setting.name) + 3 :].strip()
+        # Two spaces at least part what is typed from what is said of it, which takes no second line.
+        head = f"  {setting.name} {setting.value}".rstrip() + "  "
+        (line,) = [line for line in lines if line.startswith(head)]
+        text = f"{setting.text} [{setting.default}]" if setting.default else setting.text
+        assert line[len(head) :].strip() == text
     assert f"maiht {name} --help_all" in shown.out
 
 

@@ -13,7 +13,7 @@ from helpers.html_page import Page
 from maiht_lightning.reporting.comparison import figure as comparison_figure
 from maiht_lightning.reporting.comparison.rows import comparison, write_comparison
 from maiht_lightning.reporting.comparison.runs import read_run
-from maiht_lightning.reporting.comparison.wandb_report import publish, report_blocks
+from maiht_lightning.reporting.comparison.wandb_report import project_of, publish, report_blocks
 
 DENSE = {"perplexity": {"wikitext2": 29.93}, "tasks": {"boolq": {"acc": 0.6}}, "mean_accuracy": 0.6}
 CONFIG = {
@@ -307,6 +307,19 @@ def test_wandb_report_blocks(make):
     assert grid.runsets[0].filters == "Metric('ID') in ['abc123', 'xyz789']"
     # What would be sent can be built: the names of metrics and the filter are understood.
     assert "abc123" in json.dumps(grid._to_model().model_dump(mode="json"))
+
+
+def test_a_wandb_report_is_in_the_project_of_its_runs(make):
+    def logs_to(project, name="lightning.pytorch.loggers.WandbLogger"):
+        return lambda config: config["trainer"].update(logger={"class_path": name, "init_args": {"project": project}})
+
+    first, second = make("a", "maiht", 50.0, change=logs_to("x")), make("b", "wanda", 80.0, change=logs_to("y"))
+    assert project_of([first]) == project_of([first, first]) == "x"
+    with pytest.raises(ValueError, match=r"the runs are in x, y: name one of them with --project"):
+        project_of([first, second])
+    # Lightning's own name, where none was given or the logger is another one.
+    for number, change in enumerate((logs_to(None), logs_to("x", "CometLogger"), None)):
+        assert project_of([make(f"c{number}", "maiht", 50.0, change=change)]) == "lightning_logs"
 
 
 def test_wandb_report_without_its_package_says_what_to_install(make, monkeypatch):

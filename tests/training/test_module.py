@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
+from helpers.byte_model import byte_tokenizer
 from helpers.sharp_model import language, perplexity_by_definition, sharpen
 from maiht_lightning import CausalLMModule, FrozenSparsity, prune
 from maiht_lightning.cli import main
@@ -69,6 +70,24 @@ def test_config_file_means_random_weights(folder):
 def test_missing_local_model_is_named_at_once(name):
     with pytest.raises(FileNotFoundError, match="no model at"):
         CausalLMModule(name)
+
+
+@pytest.mark.parametrize("load", [CausalLMModule, load_model, load_tokenizer])
+def test_a_runs_folder_is_no_model_and_the_one_in_it_is_named(load, tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    message = f"no model at {tmp_path}: expected a Hugging Face folder, a .gguf file, a config.json, or a hub name"
+    with pytest.raises(FileNotFoundError) as refused:
+        load(str(tmp_path))
+    assert str(refused.value) == message
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileNotFoundError) as refused:
+        load(str(tmp_path))
+    assert str(refused.value) == f"{message}. The model of this run is in {tmp_path / 'model'}"
+
+
+def test_a_folder_may_have_a_tokenizer_alone(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]
 
 
 @pytest.mark.parametrize(

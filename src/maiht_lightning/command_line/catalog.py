@@ -1,7 +1,7 @@
 """What every command of `maiht` is for, in words: loads nothing, so that help comes at once.
 
 `maiht COMMAND --help` shows the settings that people turn and when; `--help_all` comes from the code, whose defaults
-these pages repeat (`tests/test_command_line.py` compares them).
+these pages repeat (`tests/command_line/test_help.py` compares them).
 """
 
 import shutil
@@ -40,7 +40,7 @@ class Command:
     Args:
         line: One line for `maiht --help`.
         purpose: What it does.
-        example: A command that works, with backslashes where a line is continued.
+        example: A command that works, within 80 columns, with backslashes where a line is continued.
         settings: What people turn, the first things first.
         is_run: Whether it has a Trainer, a configuration file and a run's folder.
         more: What there is to know beside.
@@ -62,10 +62,10 @@ _NAME = Setting("--model.name_or_path", "MODEL", "", "hub name, folder, .gguf fi
 _DATA = Setting("--data", "CLASS", "", "WikiText2DataModule, PythonDocsDataModule")
 _PRECISION = Setting("--trainer.precision", "P", "32-true", "bf16-true where memory is short")
 _PRUNING = (
-    Setting("--pruning.sparsity", "S", "0.5", "of zeros; from 0.6 on, train afterwards"),
+    Setting("--pruning.sparsity", "S", "0.5", "fraction of zeros; train on from 0.6"),
     Setting("--pruning.pattern", "P", "unstructured", "2:4 if what serves needs it"),
     Setting("--pruning.method", "M", "maiht", "wanda for speed, others to compare"),
-    Setting("--pruning.config", "PRESET", "balanced", "fast; best where time allows; paper"),
+    Setting("--pruning.config", "PRESET", "balanced", "fast; best if time allows; paper"),
     Setting("--pruning.calibration", "CLASS", "C4Calibration", "offline PythonDocsCalibration"),
     Setting("--pruning.batch_size", "N", "1", "windows at once; more while memory lasts"),
     Setting("--pruning.offload", "WHERE", "none", "cpu where the GPU is too small"),
@@ -78,7 +78,7 @@ _MEASURED = (
     Setting("--data.seqlen", "N", "", "tokens per window; compare at equal lengths"),
     Setting("--data.batch_size", "N", "", "windows per forward pass"),
 )
-_DTYPE = Setting("--dtype", "D", "auto", "bfloat16 where memory is short; auto: as in the files")
+_DTYPE = Setting("--dtype", "D", "auto", "bfloat16 where memory is short; auto: as saved")
 
 
 def _measured(name: str) -> tuple[Setting, ...]:
@@ -104,21 +104,21 @@ COMMANDS: dict[str, Command] = {
         "Memory and time of a run, predicted from the model's config",
         "Predict operations, time and peak memory of a run, and say what to change where it does not fit. Only the "
         "model's config is read.",
-        f"maiht estimate --model {MODEL} --gpu a100-80gb --train_steps 1000",
+        f"maiht estimate --model {MODEL} \\\n    --gpu a100-80gb --train_steps 1000",
         (
-            Setting("FILE", "", "", "first: a run's configuration, with all of these"),
+            Setting("FILE", "", "", "a run's configuration file; comes first"),
             Setting("--model", "MODEL", "", "hub name, folder, .gguf file or config.json"),
             Setting("--gpu", "NAME", "local", "such as a100-80gb, rtx4090; local is measured"),
             Setting("--train_steps", "N", "0", "training passes; 0 for a run that only prunes"),
             Setting("--train_batch_size", "N", "1", "windows per pass"),
-            Setting("--optimizer", "O", "adamw_8bit", "adamw for PyTorch's own, with larger moments"),
+            Setting("--optimizer", "O", "adamw_8bit", "adamw is PyTorch's, with larger moments"),
             Setting("--dtype", "D", "bfloat16", "format of the weights"),
             Setting("--samples", "N", "128", "calibration windows"),
             Setting("--seqlen", "N", "2048", "tokens per window"),
             Setting("--batch_size", "N", "8", "calibration windows at a time"),
             Setting("--method", "M", "maiht", "and --pattern, --sparsity, --config as in a run"),
             Setting("--offload", "WHERE", "none", "cpu or disk, to see what they save"),
-            Setting("--output", "FILE", "", "JSON for the figures"),
+            Setting("--output", "FILE", "", "a JSON file for the figures"),
         ),
     ),
     "fit": Command(
@@ -127,7 +127,8 @@ COMMANDS: dict[str, Command] = {
         "folder that from_pretrained loads. With sparse_finetune it is then trained on with its zeros frozen.",
         f"maiht fit --model.name_or_path {MODEL} \\\n"
         "    --data PythonDocsDataModule --data.seqlen 256 --trainer.max_steps 20 \\\n"
-        "    --pruning.calibration PythonDocsCalibration --pruning.evaluation.perplexity '[python_docs]'",
+        "    --pruning.calibration PythonDocsCalibration \\\n"
+        "    --pruning.evaluation.perplexity '[python_docs]'",
         (
             _NAME,
             _DATA,
@@ -148,7 +149,8 @@ COMMANDS: dict[str, Command] = {
         "Prune a causal language model without training it, measure it before and after, and save a folder that "
         "from_pretrained loads.",
         f"maiht prune --model.name_or_path {MODEL} \\\n"
-        "    --pruning.calibration PythonDocsCalibration --pruning.evaluation.perplexity '[python_docs]'",
+        "    --pruning.calibration PythonDocsCalibration \\\n"
+        "    --pruning.evaluation.perplexity '[python_docs]'",
         (
             _NAME,
             *_PRUNING,
@@ -175,7 +177,7 @@ COMMANDS: dict[str, Command] = {
             Setting("--batch_size", "N", "1", "windows at once; more while memory lasts"),
             _DTYPE,
             Setting("--device", "D", "", "cuda if there is one, else cpu"),
-            Setting("--output", "FILE", "", "JSON for the figures"),
+            Setting("--output", "FILE", "", "a JSON file for the figures"),
         ),
     ),
     "report": Command(
@@ -188,7 +190,7 @@ COMMANDS: dict[str, Command] = {
             Setting("--output_dir", "FOLDER", "", "where the report goes; a fresh folder in reports/"),
             Setting("--wandb", "", "false", "true also publishes a W&B Report; extra wandb"),
             Setting("--entity", "NAME", "", "W&B user or team; by default that of WANDB_ENTITY"),
-            Setting("--project", "NAME", "maiht-lightning", "W&B project"),
+            Setting("--project", "NAME", "", "W&B project; by default that of the runs"),
         ),
     ),
     "export": Command(
@@ -265,7 +267,7 @@ def command_help(name: str, columns: int | None = None) -> str:
     command = COMMANDS[name]
     columns = min(100, max(70, columns or shutil.get_terminal_size().columns))
     heads = [f"  {f'{each.name} {each.value}'.rstrip()}" for each in command.settings]
-    indent = max(map(len, heads)) + 1
+    indent = max(map(len, heads)) + 2
 
     def paragraph(text: str) -> str:
         return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
@@ -296,7 +298,7 @@ def command_help(name: str, columns: int | None = None) -> str:
         every += (
             f"\nAs a file:     maiht {name} --print_config > run.yaml\n               maiht {name} --config run.yaml"
         )
-    parts += [every, paragraph(command.status)]
+    parts += [every, *([paragraph(command.more)] if command.more else []), paragraph(command.status)]
     return "\n\n".join(parts)
 
 

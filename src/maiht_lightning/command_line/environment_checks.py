@@ -152,7 +152,8 @@ def caches() -> dict[str, str]:
 def _state(folder: Path) -> str:
     if not folder.exists():
         return f"{folder}, made when it is needed"
-    usage = f"{sum(1 for _ in folder.iterdir())} entries, {shutil.disk_usage(folder).free / GIB:.1f} GiB free"
+    entries = sum(1 for _ in folder.iterdir())
+    usage = f"{entries} {'entry' if entries == 1 else 'entries'}, {shutil.disk_usage(folder).free / GIB:.1f} GiB free"
     return f"{folder}, {usage}" if os.access(folder, os.W_OK) else f"{folder}, {usage}, not writable"
 
 

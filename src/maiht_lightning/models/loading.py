@@ -16,18 +16,26 @@ if TYPE_CHECKING:
 
 # Python files beside a model's weights are never run. Left open, transformers would ask whether they may be.
 NO_CODE = {"trust_remote_code": False}
+# A folder with a model or a tokenizer has one of these.
+OF_A_MODEL = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
 
 
 def check_source(name_or_path: str) -> None:
-    """Raise `FileNotFoundError` if the text can only be a path and nothing is there; nothing is loaded.
+    """Raise `FileNotFoundError` if the text can only be a path and no model is there; nothing is loaded.
 
     A text without a slash at its start and with at most one inside may be a name on the Hugging Face hub.
     """
     path = Path(name_or_path).expanduser()
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    if (looks_local or path.suffix in (".gguf", ".json")) and not path.exists():
+    if path.is_dir():
+        absent = not any((path / name).exists() for name in OF_A_MODEL)
+    else:
+        absent = (looks_local or path.suffix in (".gguf", ".json")) and not path.exists()
+    if absent:
+        # Of all folders without a model, a run's own is the one that is given most easily.
+        inner = f". The model of this run is in {path / 'model'}" if (path / "model").is_dir() else ""
         raise FileNotFoundError(
-            f"no model at {path}: expected a Hugging Face folder, a .gguf file, a config.json, or a hub name"
+            f"no model at {path}: expected a Hugging Face folder, a .gguf file, a config.json, or a hub name{inner}"
         )
 
 

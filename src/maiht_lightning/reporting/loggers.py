@@ -19,19 +19,8 @@ def log_settings(loggers: Sequence[Logger], settings: dict[str, Any]) -> list[st
     return _each(loggers, lambda logger: logger.log_hyperparams(settings))
 
 
-def start_pruning(loggers: Sequence[Logger], settings: dict[str, Any]) -> list[str]:
-    """Tell the loggers the settings and versions, and W&B that pruning has an x axis of its own."""
-
-    def start(logger: Logger) -> None:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.define_metric("prune/block")
-            logger.experiment.define_metric("prune/*", step_metric="prune/block")
-
-    return _each(loggers, start) + log_settings(loggers, settings)
-
-
 def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step: int) -> list[str]:
-    """Log a finished block: its error, that of each layer, and the solver's time in seconds."""
+    """Log a finished block: its error, that of each layer, and the solver's time in seconds; in W&B over the blocks."""
     block = records[0].block
     metrics: dict[str, float] = {
         "prune/block": block,
@@ -44,8 +33,14 @@ def log_block(loggers: Sequence[Logger], records: list[LayerRecord], global_step
         metrics |= {"prune/block_error/before": before, "prune/block_error/after": after}
 
     def write(logger: Logger) -> None:
-        # W&B must see its step rise and has `prune/block` for the axis; other loggers have only the step.
-        logger.log_metrics(metrics, step=global_step if isinstance(logger, WandbLogger) else block)
+        if isinstance(logger, WandbLogger):
+            # W&B must see its step rise, so that the blocks are an axis of their own. Its pattern `prune/*` would end
+            # at the next slash, before the names of layers.
+            for name in metrics:
+                logger.experiment.define_metric(name, step_metric=None if name == "prune/block" else "prune/block")
+            logger.log_metrics(metrics, step=global_step)
+        else:
+            logger.log_metrics(metrics, step=block)
 
     return _each(loggers, write)
 

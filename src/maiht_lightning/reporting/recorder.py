@@ -133,7 +133,7 @@ class RunRecorder:
             self._base = model.config.name_or_path
             described = {"class": type(model).__name__, "name_or_path": self._base}
             settings = {"pruned_model": described, "pruned_with": self.settings, "environment": environment()}
-            self._log(log.start_pruning(self.loggers, settings))
+            self._log(log.log_settings(self.loggers, settings))
 
     def save(self, model: "PreTrainedModel", tokenizer: Any, name: str) -> None:
         """Save the model in the folder, and unless it is the dense one its compact files."""

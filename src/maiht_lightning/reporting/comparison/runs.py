@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from ..formats import flatten
 from ..summary import SUMMARY_FILE, Summary
@@ -41,6 +42,7 @@ class Run:
         seeds: The seeds in the configuration.
         trained_before: Whether the model was trained in the run before it was pruned.
         config_known: Whether the run has a `config.yaml`.
+        wandb_project: The W&B project that the configuration names, if it names one.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Run:
     seeds: tuple[str, ...] = ()
     trained_before: bool = False
     config_known: bool = True
+    wandb_project: str | None = None
 
     @property
     def distinctions(self) -> dict[str, str]:
@@ -97,7 +100,8 @@ def read_run(folder: str | Path) -> Run:
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'layers.csv'} is not a run's table of layers: {error!r}") from error
     try:
-        configuration = _configuration(folder)
+        config = _read_config(folder)
+        configuration, project = _flat(config), _wandb_project(config)
     except (ValueError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"the configuration in {folder} cannot be read: {error}") from error
     mean_error = fmean(errors) if errors else inf
@@ -109,6 +113,7 @@ def read_run(folder: str | Path) -> Run:
         seeds=tuple(f"{name}={value}" for name, value in configuration.items() if _is_seed(name)),
         trained_before="fit" in summary.seconds,
         config_known=(folder / "config.yaml").exists(),
+        wandb_project=project,
     )
 
 
@@ -116,24 +121,36 @@ def _unfinished(folder: Path, missing: str) -> str:
     return f"the run in {folder} is unfinished: {missing} is missing. Its command with this --output_dir resumes it"
 
 
-def _configuration(folder: Path) -> dict[str, str]:
-    """Read what the folder knows of the configuration, by dotted names, without method, sparsity and pattern."""
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Read what the folder knows of the configuration."""
     import yaml
 
     path, journal = folder / "config.yaml", folder / "journal" / "settings.json"
     if path.exists():
-        config = yaml.safe_load(path.read_text()) or {}
-    elif journal.exists():
+        return yaml.safe_load(path.read_text()) or {}
+    if journal.exists():
         # The run was made by a script and not by `maiht`: the journal knows the solver's settings and nothing else.
-        config = {"pruning": {"config": json.loads(journal.read_text()).get("config")}}
-    else:
-        config = {}
+        return {"pruning": {"config": json.loads(journal.read_text()).get("config")}}
+    return {}
+
+
+def _flat(config: dict[str, Any]) -> dict[str, str]:
+    """A configuration by dotted names, without method, sparsity and pattern."""
     flat = {name.replace(".init_args", "").replace(".class_path", ""): v for name, v in flatten(config).items()}
     return {
         name: json.dumps(value) if isinstance(value, list | dict) else str(value)
         for name, value in flat.items()
         if name not in IN_COLUMNS
     }
+
+
+def _wandb_project(config: dict[str, Any]) -> str | None:
+    loggers = (config.get("trainer") or {}).get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        # A logger may also be true or false.
+        if isinstance(logger, dict) and str(logger.get("class_path")).endswith("WandbLogger"):
+            return (logger.get("init_args") or {}).get("project")
+    return None
 
 
 def _is_seed(name: str) -> bool:

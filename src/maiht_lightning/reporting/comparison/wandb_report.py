@@ -13,18 +13,20 @@ from .table import Comparison
 TITLE = "Pruning runs compared"
 
 
-def publish(runs: list[Run], table: Comparison, entity: str, project: str) -> str:
+def publish(runs: list[Run], table: Comparison, entity: str, project: str | None) -> str:
     """Make a W&B Report of runs and return its address.
 
     Args:
         runs: Finished runs; see `read_run`. Offline ones must have been sent with `wandb sync` for the panels.
         table: These runs side by side.
         entity: W&B user or team.
-        project: W&B project, the one that the runs are in.
+        project: W&B project, the one that the runs are in; None for the one that their configurations name.
 
     Raises:
         ModuleNotFoundError: The package `wandb-workspaces` is not installed.
+        ValueError: The runs' configurations name several projects.
     """
+    project = project or project_of(runs)
     blocks = report_blocks(runs, table, entity, project)
     report = _reports().Report(entity=entity, project=project, title=TITLE, blocks=blocks, width="fluid")
     report.save()
@@ -72,6 +74,22 @@ def report_blocks(runs: list[Run], table: Comparison, entity: str = "", project:
         reports.H1(text="Runs"),
         reports.PanelGrid(runsets=[runset], panels=[*panels, errors, seconds]),
     ]
+
+
+def project_of(runs: list[Run]) -> str:
+    """Find the W&B project that runs are in.
+
+    Raises:
+        ValueError: They are in several.
+    """
+    # Where nothing else is named, Lightning's logger takes this one.
+    named = {run.wandb_project or "lightning_logs" for run in runs}
+    if len(named) > 1:
+        raise ValueError(
+            f"a W&B Report is in one project, but the runs are in {', '.join(sorted(named))}: name one of "
+            f"them with --project, whose runs its panels will show"
+        )
+    return named.pop()
 
 
 def _only(runs: list[Run]) -> str:
