@@ -214,3 +214,9 @@ def text(monkeypatch):
 def no_figures(monkeypatch):
     """No figures are drawn for a run, which would take longer than a small fit and its pruning."""
     monkeypatch.setattr("maiht_lightning.reporting.recorder.draw_figures", lambda *_: {})
+
+
+@pytest.fixture
+def no_prediction(monkeypatch):
+    """Nothing is predicted for a run with a logger, which takes longer than a small fit and its pruning."""
+    monkeypatch.setattr("maiht_lightning.callbacks.pruning_run.predict_pruning", lambda *_, **__: {})

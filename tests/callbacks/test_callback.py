@@ -169,12 +169,12 @@ def test_bf16_true(module, text, no_figures, tmp_path):
 @pytest.mark.slow
 def test_without_output_dir_a_fresh_folder_is_made_each_time(module, text, no_figures, tmp_path):
     for _ in range(2):
-        trainer(MAIHTPruning(calibration=Windows()), default_root_dir=tmp_path).fit(module)
+        trainer(MAIHTPruning(calibration=Windows(), config=FEW_STEPS), default_root_dir=tmp_path).fit(module)
     assert len(list(tmp_path.glob("runs/*/model/config.json"))) == 2
 
 
 @pytest.mark.slow
-def test_csv_logger_gets_blocks_and_stages(module, text, no_figures, tmp_path):
+def test_csv_logger_gets_blocks_and_stages(module, text, no_figures, no_prediction, tmp_path):
     logger = CSVLogger(tmp_path / "csv")
     trainer(pruning(tmp_path), logger=logger).fit(module)
     with open(logger.log_dir + "/metrics.csv") as file:
@@ -188,7 +188,7 @@ def test_csv_logger_gets_blocks_and_stages(module, text, no_figures, tmp_path):
 
 
 @pytest.mark.slow
-def test_offline_wandb_run_holds_curves_stages_table_and_settings(module, text, tmp_path):
+def test_offline_wandb_run_holds_curves_stages_table_and_settings(module, text, no_prediction, tmp_path):
     import wandb
 
     (tmp_path / "run").mkdir()
@@ -221,7 +221,7 @@ def test_offline_wandb_run_holds_curves_stages_table_and_settings(module, text, 
 
 
 @pytest.mark.slow
-def test_a_logger_that_fails_costs_nothing(module, text, no_figures, tmp_path):
+def test_a_logger_that_fails_costs_nothing(module, text, no_figures, no_prediction, tmp_path):
     class Broken(CSVLogger):
         def log_metrics(self, metrics, step=None):
             if any(key.startswith(("prune", "dense")) for key in metrics):
@@ -233,7 +233,7 @@ def test_a_logger_that_fails_costs_nothing(module, text, no_figures, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_loggers_at_once(module, text, tmp_path):
+def test_several_loggers_at_once(module, text, no_prediction, tmp_path):
     import wandb
 
     (tmp_path / "run").mkdir()

@@ -29,7 +29,7 @@ from maiht_lightning.models.sparsity import count_zeros
 from maiht_lightning.solvers import PruningSpec
 
 # Many short fits: several seconds in all.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_figures")]
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def test_names_are_taken_in_any_case_and_others_are_not_known():
     assert known_config("huggyllama/llama-8b") is None
 
 
+@pytest.mark.slow
 def test_no_network_is_needed(monkeypatch, capsys):
     def refuse(*args, **kwargs):
         pytest.fail(f"the hub was asked for {args}")

@@ -94,6 +94,7 @@ def test_the_command_predicts_it_and_options_go_before(write, tmp_path, capsys):
     assert "finetune" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_epochs_are_told(capsys):
     main(["estimate", str(CONFIGS / "llama7b_wikitext2.yaml"), "--gpu", "a100-80gb"])
     assert "give --train_steps" in capsys.readouterr().out

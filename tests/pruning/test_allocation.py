@@ -279,6 +279,7 @@ def module(model):
     return found
 
 
+@pytest.mark.slow
 def test_a_model_that_has_its_zeros_is_trained_on_and_not_pruned(make, tmp_path):
     """Its layers have not the common sparsity each, but in total."""
     model, config = make(), replace(PLAIN, allocation="depth")

@@ -109,6 +109,7 @@ def test_methods_rank_on_real_layers(layer, pattern, sparsity):
     assert error["wanda"] < 0.6 * error["magnitude"], error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "balanced"])
 @pytest.mark.parametrize("setting", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=str)
 def test_precisions_give_what_float32_does(preset, setting):

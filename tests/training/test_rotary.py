@@ -79,6 +79,7 @@ def test_our_module_moves_its_buffers_all_the_same(tiny_llama):
     assert module.model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_in_other_peoples_modules_they_are_restored_before_the_first_step(tiny_llama, tmp_path):
     model = tiny_llama(vocab_size=64)
     wanted, module = exact(model), Watching(model)
