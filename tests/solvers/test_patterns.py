@@ -105,6 +105,7 @@ def test_tiebreaks_decide_in_turn():
     assert keep_largest(score, 2, first, second).tolist() == [[True, False, False, False, False, True]]
 
 
+@pytest.mark.parametrize("sorted_below", [0, patterns.SORTED_BELOW], ids=["bisected", "sorted"])
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -113,23 +114,42 @@ def test_tiebreaks_decide_in_turn():
     keep=st.floats(0, 1),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
-def test_keep_largest_is_a_stable_sort_by_all_keys(seed, rows, columns, keep, dtype):
+def test_keep_largest_is_a_stable_sort_by_all_keys(sorted_below, seed, rows, columns, keep, dtype):
     keys = [scores(seed + i, rows, columns, levels).to(dtype) for i, levels in enumerate((1, 2, 0))]
     keep = int(keep * columns)
-    mask = keep_largest(keys[0], keep, *keys[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "SORTED_BELOW", sorted_below)
+        mask = keep_largest(keys[0], keep, *keys[1:])
     for row in range(rows):
         order = sorted(range(columns), key=lambda j: tuple(-key[row, j].item() for key in keys))
         assert set(mask[row].nonzero().flatten().tolist()) == set(order[:keep])
 
 
+@pytest.mark.parametrize("sorted_below", [0, patterns.SORTED_BELOW], ids=["bisected", "sorted"])
 @settings(max_examples=60, deadline=None)
 @given(score=SCORES, data=st.data(), dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]))
-def test_kth_largest(score, data, dtype):
+def test_kth_largest(sorted_below, score, data, dtype):
     score = (score * 10.0 ** data.draw(st.integers(-4, 4))).to(dtype)
     rows, columns = score.shape
     k = torch.tensor(data.draw(st.lists(st.integers(1, columns), min_size=rows, max_size=rows)))[:, None]
-    expected = score.sort(dim=1, descending=True).values.gather(1, k - 1)
-    assert torch.equal(kth_largest(score, k), expected)
+    expected = torch.tensor([[sorted(row)[-int(place)]] for row, place in zip(score.tolist(), k, strict=True)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "SORTED_BELOW", sorted_below)
+        assert torch.equal(kth_largest(score, k), expected.to(dtype))
+        # Of none there is none, and what is −inf does not count.
+        assert kth_largest(score, torch.zeros_like(k)).isnan().all()
+        more = torch.cat([score, torch.full_like(score, -torch.inf)], dim=1)
+        assert torch.equal(kth_largest(more, k), expected.to(dtype))
+
+
+def test_few_entries_on_a_cpu_are_sorted(monkeypatch):
+    """Bit by bit a small layer's selection takes tens of times as long."""
+    passes = []
+    monkeypatch.setattr(patterns, "count", lambda mask: passes.append(mask.shape) or mask.sum(1, keepdim=True))
+    kth_largest(torch.rand(4, 1000), torch.full((4, 1), 500))
+    assert not passes
+    kth_largest(torch.rand(4, 1024), torch.full((4, 1), 500))
+    assert len(passes) == 32
 
 
 def long_rows():

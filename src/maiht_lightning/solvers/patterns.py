@@ -19,6 +19,7 @@ from .fusing import one_pass
 
 DEFAULT_SPARSITY = 0.5
 SAMPLED_FROM = 2**12  # entries of a row from which on a sample of it is worth its while
+SORTED_BELOW = 2**12  # entries that a CPU sorts faster than it goes through the bits of one
 MAX_GROUP = 64  # M of N:M; ranks within a group are counted in M² / 2 comparisons, as int8
 
 
@@ -185,7 +186,9 @@ def _keep_largest_of_short_rows(score: Tensor, keep: int, tiebreaks: tuple[Tenso
 
 
 def kth_largest(score: Tensor, k: Tensor) -> Tensor:
-    """Find the k-th largest entry of each row by bisection, or of a single long one between bounds from a sample of it.
+    """Find the k-th largest entry of each row by bisection, of a single long one between bounds from a sample of it.
+
+    Where they are few on a CPU, they are sorted.
 
     Floating-point numbers are ordered as the integers of their bits are, negative ones in reverse, so the value is
     found bit by bit: the largest number that at least k entries reach. It takes one pass over memory per bit, which all
@@ -198,6 +201,9 @@ def kth_largest(score: Tensor, k: Tensor) -> Tensor:
     Returns:
         (rows, 1).
     """
+    if score.numel() < SORTED_BELOW and score.device.type == "cpu":
+        found = score.sort(dim=1, descending=True).values.gather(1, (k - 1).clamp_min(0).long())
+        return torch.where(k > 0, found, torch.nan)
     if len(score) == 1 and score.shape[1] >= SAMPLED_FROM:
         found = _kth_largest_by_sample(score[0], int(k))
         if found is not None:
