@@ -202,12 +202,12 @@ def kth_largest(score: Tensor, k: Tensor) -> Tensor:
         (rows, 1).
     """
     if score.numel() < SORTED_BELOW and score.device.type == "cpu":
-        found = score.sort(dim=1, descending=True).values.gather(1, (k - 1).clamp_min(0).long())
-        return torch.where(k > 0, found, torch.nan)
+        ranked = score.sort(dim=1, descending=True).values.gather(1, (k - 1).clamp_min(0).long())
+        return torch.where(k > 0, ranked, torch.nan)
     if len(score) == 1 and score.shape[1] >= SAMPLED_FROM:
-        found = _kth_largest_by_sample(score[0], int(k))
-        if found is not None:
-            return found.view(1, 1)
+        sampled = _kth_largest_by_sample(score[0], int(k))
+        if sampled is not None:
+            return sampled.view(1, 1)
     bits = 8 * score.element_size() - 1
     kind = {15: torch.int16, 31: torch.int32, 63: torch.int64}[bits]
     low, high = torch.iinfo(kind).min, torch.iinfo(kind).max
