@@ -22,10 +22,10 @@ from maiht_lightning.evaluation import evaluation
 from maiht_lightning.evaluation.evaluation import LoadedEvaluation
 from maiht_lightning.models import durable, saving
 from maiht_lightning.models.loading import load_model
-from maiht_lightning.pruning import block_pruner
 from maiht_lightning.pruning.journal import Journal
 from maiht_lightning.reporting.figure_style import blank_figure, save_png
 from maiht_lightning.reporting.recorder import RunRecorder
+from maiht_lightning.solvers import LayerSolver
 
 pytestmark = pytest.mark.slow
 
@@ -170,10 +170,8 @@ FAULTS = {
     "perplexity": Fault(raising(BROKEN, evaluation, "perplexity"), failures=("evaluate dense, random",), steps=None),
     "lm-eval": Fault(raising(BROKEN, evaluation, "zero_shot", at=2), failures=("evaluate pruned, boolq",), steps=None),
     "capture": Fault(raising(RuntimeError("broken"), grams, "add_gram", at=30), "could not be captured: broken"),
-    "solver": Fault(
-        raising(FloatingPointError("broken"), block_pruner.LayerSolver, "prune", at=9), "could not be pruned: broken"
-    ),
-    "memory in the solver": Fault(raising(OUT_OF_MEMORY, block_pruner.LayerSolver, "prune", at=9), "pruned: 8 GiB"),
+    "solver": Fault(raising(FloatingPointError("broken"), LayerSolver, "prune", at=9), "could not be pruned: broken"),
+    "memory in the solver": Fault(raising(OUT_OF_MEMORY, LayerSolver, "prune", at=9), "pruned: 8 GiB"),
 }
 
 

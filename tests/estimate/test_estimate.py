@@ -164,7 +164,7 @@ def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch,
         assert (name, width, inner) == ("local", 64, 128)
         return SHEETS["a100-80gb"]
 
-    monkeypatch.setattr("maiht_lightning.pruning.block_pruner.LayerSolver", Halving)
+    monkeypatch.setattr("maiht_lightning.pruning.solving.LayerSolver", Halving)
     # What is predicted beside operations is not compared here: neither is the machine measured, nor need layers be
     # solved with many steps to count those.
     monkeypatch.setattr("maiht_lightning.estimate.plan.find_device", find)
