@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Seconds that compiling takes, once for all layers; taken on a CPU, not on a GPU. About as much is saved, at some 80
-# bytes a weight and iteration, where one process has so many weights, times iterations.
+# Seconds that compiling takes, once for all layers: assumed, between what it took on a CPU with and without PyTorch's
+# cache. About as much is saved, at some 80 bytes a weight and iteration, where one process has so many weights, times
+# iterations.
 COMPILING, WORTHWHILE = 20.0, 4e11
 
 _Run = Callable[..., Any]

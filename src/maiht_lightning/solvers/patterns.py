@@ -156,19 +156,20 @@ def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
     """
     if score.shape[1] <= MAX_GROUP:
         return _keep_largest_of_short_rows(score, keep, tiebreaks)
-    missing = torch.full((score.shape[0], 1), keep, device=score.device)  # of each row, entries still to be found
-    threshold = kth_largest(score, missing)
+    wanted = torch.full((score.shape[0], 1), keep, device=score.device)
+    threshold = kth_largest(score, wanted)
     reached, number = reaching(score, threshold)
-    if torch.equal(number, missing):
+    if torch.equal(number, wanted):
         return reached
     # Of entries that are equal in all keys so far some are kept: (rows, n).
     kept, open_ = score > threshold, score == threshold
     for key in tiebreaks:
-        missing = keep - count(kept)
         closed = torch.where(open_, key, -torch.inf)
-        threshold = kth_largest(closed, missing)
+        threshold = kth_largest(closed, keep - count(kept))
         kept |= closed > threshold
         open_ = closed == threshold
+        if torch.equal(count(kept) + count(open_), wanted):
+            return kept.logical_or_(open_)
     return kept.logical_or_(open_ & (open_.cumsum(1) <= keep - count(kept)))
 
 
