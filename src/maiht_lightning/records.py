@@ -60,6 +60,7 @@ class PruningReport:
         resumed: Blocks that came finished from the journal; their work is in none of these times.
         journal_seconds: Wall-clock time of opening the journal, for which the model's weights are digested, and of
             writing finished blocks to it, in seconds.
+        peak_memory_bytes: Highest GPU memory of this process meanwhile, in bytes; 0 without a GPU.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)
@@ -68,6 +69,7 @@ class PruningReport:
     resumed: int = 0
     reconstruction_seconds: float = 0.0
     journal_seconds: float = 0.0
+    peak_memory_bytes: int = 0
 
     @property
     def seconds(self) -> float:

@@ -176,3 +176,26 @@ def test_what_an_allocator_says():
     assert is_out_of_memory(real.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+# ---- The highest memory
+
+
+def test_the_highest_memory_of_a_pruning_is_a_gpus(monkeypatch, tiny_llama):
+    from maiht_lightning.models.memory import forget_peak, peak_of
+    from maiht_lightning.pruning import pruner
+
+    allocated = {"peak": 7}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.update(peak=1))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated["peak"])
+    forget_peak(torch.device("cpu"))
+    assert allocated["peak"] == 7
+    assert peak_of(torch.device("cpu")) == 0
+    forget_peak(torch.device("cuda"))
+    assert peak_of(torch.device("cuda")) == 1
+
+    allocated["peak"] = 9
+    for name, function in (("forget_peak", forget_peak), ("peak_of", peak_of)):
+        monkeypatch.setattr(pruner, name, lambda device, function=function: function(torch.device("cuda")))
+    found = pruner.prune(tiny_llama(vocab_size=64), WINDOWS, sparsity=0.5, config="fast", progress=False)
+    assert found.peak_memory_bytes == 1

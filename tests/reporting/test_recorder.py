@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,8 +128,10 @@ def test_a_run_without_a_trainer_is_recorded_whole(tmp_path):
     run = read_run(tmp_path / "run")
     assert run.summary.seconds == {"capture": 1.5, "solve": 3.0, "evaluate": run.summary.seconds["evaluate"]}
     assert run.summary.peak_memory_bytes > 0
+    assert run.summary.pruning_memory_bytes == 0
     assert run.mean_relative_error == 0.25
     record.finish_pruning(report())
+    assert "prune/peak_memory_bytes" not in logger.noted
     assert logger.noted["dense/perplexity/a"] == (2.0, 7)
     assert logger.noted["pruned/mean_accuracy"] == (0.5, 7)
     assert logger.noted["prune/relative_error/mlp.up_proj"] == (0.1, 0)
@@ -222,6 +225,26 @@ assert not found, found
 """
     source = str(Path(__file__).parents[2] / "src")
     subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {source!r})\n{script}"], check=True)
+
+
+def test_the_pruning_has_a_peak_of_its_own(tmp_path, tiny_llama, monkeypatch, capsys):
+    from maiht_lightning.reporting import recorder as module
+    from maiht_lightning.reporting.run.page import cost
+
+    # A GPU's peak of the fit, which the pruning forgets for its own, and then that of a measurement.
+    peaks = iter([8 * 2**30, 3 * 2**30])
+    monkeypatch.setattr(module, "peak_memory_bytes", lambda: next(peaks))
+    logger = Notes()
+    record = recorder(tmp_path / "run", loggers=[logger])
+    record.begin(tiny_llama(vocab_size=64))
+    for gigabytes in (4, 2):
+        record.pruned(replace(report(), peak_memory_bytes=gigabytes * 2**30))
+    record.stage("pruned", StageResult())
+    record.finish_pruning(report())
+    assert logger.noted["peak_memory_bytes"] == (8.0 * 2**30, 0)
+    assert logger.noted["prune/peak_memory_bytes"] == (4.0 * 2**30, 0)
+    assert "Peak memory: 8.0 GiB, while pruning 4.0 GiB." in capsys.readouterr().out
+    assert list(cost(record.summary).items())[-2:] == [("highest memory", "8.00 GiB"), ("while pruning", "4.00 GiB")]
 
 
 def test_sentences_are_not_broken_in_a_log_file(tmp_path, monkeypatch, capsys):

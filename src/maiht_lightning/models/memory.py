@@ -24,6 +24,17 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_of` count from now on, where the device is a GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_of(device: torch.device) -> int:
+    """The highest memory that this process had on a GPU since `forget_peak`, in bytes; 0 elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def with_room(
     what: str,
     work: Callable[[int], T],

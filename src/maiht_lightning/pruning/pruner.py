@@ -22,7 +22,7 @@ from ..capture.hidden_states import HiddenStateStore, NoStore, Storage, check_st
 from ..data.batches import CALIBRATION_TOKENS, TokenBatches, Windows
 from ..distributed import Ranks
 from ..models.blocks import evaluation_mode, find_blocks, find_linears, weight_of
-from ..models.memory import with_room
+from ..models.memory import forget_peak, peak_of, with_room
 from ..models.offload import (
     BlockLoader,
     execution_device,
@@ -165,6 +165,7 @@ def prune_model(
     if fuses:
         log.info("With the first layer the solver's passes over memory are compiled, which takes some seconds once.")
     started = time.perf_counter()
+    forget_peak(device)
     # What is made in inference mode, in which a caller may be, could not be differentiated in a reconstruction.
     inference_mode = torch.is_inference_mode_enabled() and not spec.config.reconstruction_epochs
     with (
@@ -195,6 +196,7 @@ def prune_model(
         for records in pruner.run():
             if on_block is not None:
                 on_block(records)
+        pruner.report.peak_memory_bytes = peak_of(device)
     return pruner.report
 
 

@@ -79,6 +79,7 @@ def finish_pruning(
             "pruned/sparsity": summary.measured_sparsity,
             **{f"seconds/{phase}": seconds for phase, seconds in summary.seconds.items()},
             "peak_memory_bytes": float(summary.peak_memory_bytes),
+            **({"prune/peak_memory_bytes": float(peak)} if (peak := summary.pruning_memory_bytes) else {}),
             **{f"predicted/{phase}_seconds": found["seconds"] for phase, found in summary.predicted.items()},
             **{f"tflops/{phase}": rate for phase, rate in tflops.items()},
         }

@@ -121,6 +121,9 @@ class RunRecorder:
         yield
         self.summary.add_seconds(phase, time.perf_counter() - begun)
 
+    def _note_memory(self) -> None:
+        self.summary.peak_memory_bytes = max(self.summary.peak_memory_bytes, peak_memory_bytes())
+
     # ---- The course of a run
 
     def begin(self, model: "PreTrainedModel") -> None:
@@ -128,6 +131,8 @@ class RunRecorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.is_main and not self._told:
             self._told = True
+            # A pruning counts its own peak anew, and the fit's is gone after it.
+            self._note_memory()
             # Another run's summary, if there is one, must not be taken for this one's from here on.
             self._write()
             self._base = model.config.name_or_path
@@ -149,7 +154,7 @@ class RunRecorder:
         if self.is_main:
             self._log(log.log_stage(self.loggers, name, found, self.global_step()))
         self.summary.stages[name] = found
-        self.summary.peak_memory_bytes = max(self.summary.peak_memory_bytes, peak_memory_bytes())
+        self._note_memory()
         self._write()
 
     def block(self, records: list[LayerRecord]) -> None:
@@ -165,6 +170,7 @@ class RunRecorder:
             self.summary.add_seconds("reconstruct", report.reconstruction_seconds)
         if report.journal_seconds:
             self.summary.add_seconds("journal", report.journal_seconds)
+        self.summary.pruning_memory_bytes = max(self.summary.pruning_memory_bytes, report.peak_memory_bytes)
         if is_last:
             self.summary.measured_sparsity = report.sparsity
         if self.is_main and is_last:

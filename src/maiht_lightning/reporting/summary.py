@@ -34,6 +34,7 @@ class Summary:
         seconds: Wall-clock time per phase: `fit`, `capture`, `solve`, `reconstruct`, `journal`, `finetune` and
             `evaluate`.
         peak_memory_bytes: Highest GPU memory of the process, or its highest resident memory without a GPU.
+        pruning_memory_bytes: Highest GPU memory of the process while it pruned; 0 without a GPU.
         predicted: For runs with a logger, by phase (`capture`, `solve`) what `maiht estimate` makes of this machine:
             `seconds`, `flops` and `device_bytes`.
         failures: What failed beside the pruning and was left out, each with its `phase` and `message`.
@@ -48,6 +49,7 @@ class Summary:
     stages: Stages = field(default_factory=Stages)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    pruning_memory_bytes: int = 0
     predicted: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -19,7 +19,9 @@ def print_run(summary: Summary, records: list[LayerRecord], folder: Path) -> Non
     console.print(stage_table(summary.stages, title))
     console.print(layer_table(records))
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary.seconds_in_order.items())
-    console.print(f"Time: {seconds}. Peak memory: {summary.peak_memory_bytes / 2**30:.1f} GiB.", soft_wrap=True)
+    peak, pruning = (each / 2**30 for each in (summary.peak_memory_bytes, summary.pruning_memory_bytes))
+    of_it = f", while pruning {pruning:.1f} GiB" if pruning else ""
+    console.print(f"Time: {seconds}. Peak memory: {peak:.1f} GiB{of_it}.", soft_wrap=True)
     if summary.predicted:
         seconds = ", ".join(f"{name} {found['seconds']:.0f} s" for name, found in summary.predicted.items())
         console.print(f"Predicted for this machine: {seconds}.", soft_wrap=True)

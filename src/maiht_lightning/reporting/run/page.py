@@ -121,4 +121,6 @@ def cost(summary: Summary) -> dict[str, str]:
         rows["sum"] = formats.duration(sum(summary.seconds.values()))
     if summary.peak_memory_bytes:
         rows["highest memory"] = formats.memory(summary.peak_memory_bytes)
+    if summary.pruning_memory_bytes:
+        rows["while pruning"] = formats.memory(summary.pruning_memory_bytes)
     return rows
