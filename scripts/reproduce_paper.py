@@ -175,9 +175,7 @@ def main() -> None:
             summary = Summary(name, sparsity, pattern, stages=Stages(dense=dense))
             model.load_state_dict(weights)
             settings = {**common, "seed": seed, "config": asdict(config)}
-            # A step of reconstruction is one batch, and more steps are better than larger ones.
-            batch_size = 1 if config.reconstruction_epochs else preset.batch_size
-            one_run(folders[number], model, tokenizer, windows[seed], measurement, summary, settings, batch_size)
+            one_run(folders[number], model, tokenizer, windows[seed], measurement, summary, settings, preset.batch_size)
 
     finished = [read_run(run) for run in folders]
     results = {**described(folder), "runs": [figures(*which, run) for which, run in zip(runs, finished, strict=True)]}

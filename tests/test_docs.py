@@ -715,9 +715,10 @@ LABELS = {
 PUBLISHED = ["magnitude", "wanda", "sparsegpt", "admm", "maiht:paper"]
 
 
-def test_the_table_of_methods_is_the_results():
-    found = results_of("smollm2.json")
-    for table in tables_named("methods"):
+@pytest.mark.parametrize(("name", "file"), [("methods", "smollm2.json"), ("more-text", "smollm2_64.json")])
+def test_the_tables_of_methods_are_the_results(name, file):
+    found = results_of(file)
+    for table in tables_named(name):
         if found is None:
             continue
         dense, *rows = table

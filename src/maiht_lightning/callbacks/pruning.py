@@ -89,7 +89,7 @@ class MAIHTPruning(Callback):
         model: Dotted path of the Hugging Face model in the LightningModule. None: it is found.
         tokenizer: Name or folder of the tokenizer. None: the LightningModule's, or the model's own. Texts and tasks
             alone need one.
-        batch_size: Windows per calibration forward pass.
+        batch_size: Windows per calibration forward pass; one where blocks are reconstructed.
         compact: Also save the pruned model as `model_compact/`, much smaller, for `load_compact`; W&B gets it as an
             artifact.
         prune_at: `end`; `epoch:K` or `step:K`, after K epochs or optimizer steps, and training continues with the zeros

@@ -55,7 +55,7 @@ class PruningRun:
         recorder: Where the results go.
         device: Where to compute; by default where the model is.
         process_group: The processes that share the work; None for one.
-        batch_size: Windows per calibration forward pass.
+        batch_size: Windows per calibration forward pass; one where blocks are reconstructed.
         hidden_states: Where the hidden states of the windows are kept; see `prune`.
         offload: `cpu` keeps the model in host memory while it is at work; `disk` leaves its blocks in files.
         keep_journal: Whether the journal's weights stay when the pruned model is saved.

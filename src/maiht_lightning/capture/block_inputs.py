@@ -7,8 +7,7 @@ conventions, and recording costs next to nothing.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,14 +29,12 @@ class Batch:
         arguments: For each block the other arguments that it gets: positional ones, keyword ones.
         device: Where the blocks are computed.
         index: Index of the next block.
-        origin: Number of the batch as asked for, which parts of it share.
     """
 
     hidden: Tensor
     arguments: list[Arguments]
     device: torch.device
     index: int = 0
-    origin: int = field(default_factory=count().__next__)
 
     def input(self) -> Tensor:
         """Return the input of the next block (windows, seqlen, hidden) on the execution device."""
@@ -104,7 +101,7 @@ class BlockInputs:
         """
         parts = [(hidden, batch) for batch in self.batches for hidden in batch.hidden.split(batch_size)]
         self.batches = [
-            Batch(hidden, part.arguments, batch.device, batch.index, batch.origin)
+            Batch(hidden, part.arguments, batch.device, batch.index)
             for (hidden, batch), part in zip(parts, recorded.batches, strict=True)
         ]
 

@@ -15,7 +15,7 @@ _CHANGES: dict[str, list[dict[str, Any]]] = {
     "finetune": [{"optimizer": "adamw_8bit"}, {"gradient_checkpointing": True}, {"train_batch_size": 1}],
     "capture": [{"batch_size": 1}, {"offload": "cpu"}],
     "solve": [{"offload": "cpu"}],
-    "reconstruct": [{"batch_size": 1}, {"offload": "cpu"}],
+    "reconstruct": [{"offload": "cpu"}],
     "evaluate": [{"eval_batch_size": 1}, {"offload": "cpu"}],
     "tasks": [{"task_batch_size": 1}, {"offload": "cpu"}],
 }

@@ -17,7 +17,7 @@ class Job:
         dtype: Format of the weights: `bfloat16`, `float16` or `float32`.
         samples: Calibration windows.
         seqlen: Tokens per window, in calibration, training and evaluation.
-        batch_size: Windows per calibration forward pass.
+        batch_size: Windows per calibration forward pass; one where blocks are reconstructed.
         method: Pruning method.
         pattern: Sparsity pattern.
         sparsity: Fraction of zeros.
@@ -74,6 +74,11 @@ class Job:
     def settings(self) -> MAIHTConfig:
         """The settings that `config` stands for."""
         return self.spec.config
+
+    @property
+    def calibration_batch(self) -> int:
+        """Windows per calibration forward pass with these settings."""
+        return self.settings.windows_per_pass(self.batch_size)
 
     @property
     def itemsize(self) -> int:

@@ -190,7 +190,7 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
     # The products of two different inputs have no symmetry to be saved, and a difference is not of half precision.
     drifts = shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams) if job.settings.dense_targets else 0.0
-    batches = ceil(job.samples / job.batch_size)
+    batches = ceil(job.samples / job.calibration_batch)
     # Per batch, half of a product (in, in) is written and read in float32 and added to the sum in float64. The inputs
     # (tokens, in) are turned to float32, unless a GPU multiplies them in half precision.
     moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams)
@@ -213,7 +213,7 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     else:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
-    working = job.batch_size * job.seqlen * (shape.block_counts(size).peak + 4 * widest * is_turned)
+    working = job.calibration_batch * job.seqlen * (shape.block_counts(size).peak + 4 * widest * is_turned)
     streams = max(_streams(job), 1 + job.settings.measures_dense)
     memory = device.baseline_bytes + _resident(shape, job) + sums + streams * _hidden(shape, job) + working
     return Phase("capture", forward + grams + drifts, seconds, memory)
@@ -271,11 +271,11 @@ def _reconstruct(shape: ModelShape, job: Job, device: Device) -> Phase:
     passes = epochs * 3 * (1 - held_out) + (epochs + 1) * held_out
     flops = shape.blocks * passes * _forward_flops(shape, job, tokens)
     block, weights = shape.block_counts(size), sum(layer.weights for layer in shape.layers)
-    steps = epochs * ceil(job.samples / job.batch_size)
+    steps = epochs * job.samples
     # In float32: weight, mask, best weight, gradient, two moments. A step reads and writes the most of them.
     moved = tokens * epochs * block.training + steps * weights * 4.0 * 12
     seconds = flops / _rate(job, device) + shape.blocks * moved / device.bandwidth_uncached
-    working = job.batch_size * job.seqlen * block.saved + weights * (4.0 * 6 + 2 * size)
+    working = job.calibration_batch * job.seqlen * block.saved + weights * (4.0 * 6 + 2 * size)
     memory = device.baseline_bytes + _resident(shape, job) + 2 * _hidden(shape, job) + working
     return Phase("reconstruct", flops, seconds, memory + _block_bytes(shape, job))
 

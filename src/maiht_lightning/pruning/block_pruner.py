@@ -6,7 +6,6 @@ hidden states the dense model's may go along, for layers that are fitted to its 
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -174,21 +173,17 @@ class BlockPruner:
         try:
             with self.ranks.errors_shared():
                 # What the dense model has after this block is what the pruned block is to return.
-                self._with_room(self._settle)
-            errors = self._with_room(partial(self._train, block, index))
+                self._settle()
+            targets = [batch.hidden for batch in self.dense.batches]
+            errors = reconstruct(block, self.inputs.batches, targets, self.spec.config, seed=index, ranks=self.ranks)
         except (ValueError, RuntimeError) as error:
-            raise self._failed(index, "reconstructed", error) from error
+            raise self._failed(index, "reconstructed", error, " reconstruction_epochs = 0 leaves it out.") from error
         linears = find_linears(block)
         for record in records:
             weights[record.layer] = weight_of(linears[record.layer]).detach()
             record.zeros = int((weights[record.layer] == 0).sum())
             record.block_error = errors
         self.report.reconstruction_seconds += time.perf_counter() - start
-
-    def _train(self, block: nn.Module, seed: int) -> tuple[float, float]:
-        assert self.dense is not None
-        targets = [batch.hidden for batch in self.dense.batches]
-        return reconstruct(block, self.inputs.batches, targets, self.spec.config, seed=seed, ranks=self.ranks)
 
     def _settle(self) -> None:
         """Bring all hidden states through the block that was passed last."""
@@ -326,8 +321,9 @@ class BlockPruner:
             self._said.add(message)
             self._on_retry(message)
 
-    def _failed(self, index: int, what: str, error: Exception) -> PruningError:
-        return PruningError(f"{self._path(index)} could not be {what}: {error}. It and later blocks are unchanged.")
+    def _failed(self, index: int, what: str, error: Exception, remedy: str = "") -> PruningError:
+        path = self._path(index)
+        return PruningError(f"{path} could not be {what}: {error}. It and later blocks are unchanged.{remedy}")
 
     def _path(self, index: int) -> str:
         return f"{self.loader.blocks.path}.{index}"

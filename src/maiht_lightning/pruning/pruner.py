@@ -86,7 +86,8 @@ def prune(
             arguments after a crash, with the dense model or the partly pruned one, `prune` resumes with the first
             unfinished block.
         progress: Show a progress bar.
-        batch_size: Windows per calibration forward pass; where memory runs out in one process, half as many.
+        batch_size: Windows per calibration forward pass; where memory runs out in one process, half as many. Where
+            blocks are reconstructed, as with `best`, it is one.
         on_block: Called with a block's records when it is done.
         device: Where to compute; by default where the model is.
         hidden_states: Where the windows' hidden states are stored between blocks: `device`, `host` (pinned), `disk`,
@@ -152,6 +153,7 @@ def prune_model(
     spec = spec.on(device)
     check_weights(model, blocks, spec, on_disk_allowed=journal_dir is not None)
     check_windows(windows, model)
+    batch_size = spec.config.windows_per_pass(batch_size)
     batches = _share_of_batches(windows, batch_size, ranks)
     started = time.perf_counter()
     journal = None if journal_dir is None else _open_journal(journal_dir, spec, model, windows, ranks)
@@ -179,11 +181,8 @@ def prune_model(
     ):
 
         def record(batch_size: int, store: HiddenStateStore | NoStore = NoStore()) -> BlockInputs:  # noqa: B008
-            parts = [(number, part) for number, batch in enumerate(batches) for part in batch.split(batch_size)]
-            found = _record_inputs(model, [part for _, part in parts], loader, store)
-            for batch, (number, _) in zip(found.batches, parts, strict=True):
-                batch.origin = number
-            return found
+            parts = [part for batch in batches for part in batch.split(batch_size)]
+            return _record_inputs(model, parts, loader, store)
 
         inputs = with_room(
             "calibration", partial(record, store=store), batch_size, on_retry, done="captured", retries=ranks.size == 1

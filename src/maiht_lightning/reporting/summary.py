@@ -34,12 +34,12 @@ class Summary:
         seconds: Wall-clock time per phase: `fit`, `capture`, `solve`, `reconstruct`, `journal`, `finetune` and
             `evaluate`.
         peak_memory_bytes: Highest GPU memory of the process, or its highest resident memory without a GPU.
-        pruning_memory_bytes: Highest GPU memory of the process while it pruned; 0 without a GPU.
         predicted: For runs with a logger, by phase (`capture`, `solve`) what `maiht estimate` makes of this machine:
             `seconds`, `flops` and `device_bytes`.
         failures: What failed beside the pruning and was left out, each with its `phase` and `message`.
         notes: What went otherwise than asked for, and well.
         saved: The models that are whole in the run's folder.
+        pruning_memory_bytes: Highest GPU memory of the process while it pruned; 0 without a GPU.
     """
 
     method: str
@@ -49,11 +49,11 @@ class Summary:
     stages: Stages = field(default_factory=Stages)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
-    pruning_memory_bytes: int = 0
     predicted: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
+    pruning_memory_bytes: int = 0
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Add wall-clock time to a phase, which may have been at work before."""

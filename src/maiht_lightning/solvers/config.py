@@ -11,7 +11,7 @@ from .precision import Precision, resolve_precision
 Candidates = Literal["gradient", "preconditioned"]
 Allocation = Literal["uniform", "depth", "owl", "error"]
 
-# Of so many calibration batches, reconstruction holds one out, to decide by it when to stop.
+# Of so many calibration windows, reconstruction holds one out, to decide by it when to stop.
 HELD_OUT = 8
 
 
@@ -53,7 +53,8 @@ class MAIHTConfig:
             between, a mixture. Above 0 it needs `sublayers`, and a second stream of hidden states, the dense model's.
             Near 1 it follows noise.
         reconstruction_epochs: Passes over the calibration windows in which a block's kept weights are trained until its
-            outputs are the dense model's; see `maiht_lightning.pruning.reconstruction`. 0: none.
+            outputs are the dense model's; see `maiht_lightning.pruning.reconstruction`. 0: none. A window is a step,
+            so that the windows then go through the model one by one.
         reconstruction_rate: Adam's first step there, as a fraction of the root mean square of a layer's kept weights.
         allocation: How a model's zeros are shared out to its layers; in total they are the same. `uniform`: as many in
             every layer, and always so with `N:M`. `depth`: growing evenly from the first block to the last. `owl`:
@@ -127,6 +128,10 @@ class MAIHTConfig:
     def has_dense_stream(self) -> bool:
         """Whether the dense model's hidden states are kept beside the pruned model's."""
         return self.dense_targets > 0 or self.reconstruction_epochs > 0
+
+    def windows_per_pass(self, asked: int) -> int:
+        """Windows per calibration forward pass, of which so many are asked for: a step of reconstruction takes one."""
+        return 1 if self.reconstruction_epochs else asked
 
     @property
     def measures_dense(self) -> bool:
