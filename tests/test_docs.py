@@ -814,6 +814,20 @@ def test_the_table_of_layer_errors_is_the_results():
                 assert number(cell) == pytest.approx(exp(sum(logs) / len(logs)), abs=0.000501)
 
 
+def test_what_the_page_says_of_layers_follows_from_the_results():
+    found = results_of("layer_error.json")
+    if found is None:
+        pytest.skip("docs/results/layer_error.json is not there")
+    gains = {}
+    for row in found["rows"]:
+        errors = row["errors"]
+        assert errors["maiht:accurate"] < errors["reference"] < errors["maiht:paper"], row
+        gains.setdefault(row["layer"], []).append(errors["maiht:accurate"] / errors["maiht:paper"])
+    ordered = sorted(gains, key=lambda layer: sum(gains[layer]))
+    assert len(ordered) == 20
+    assert {layer for layer in ordered if layer.endswith("o_proj")} <= set(ordered[:5])
+
+
 @pytest.mark.parametrize("name", ["solver-speed", "solver-speed-large"])
 def test_the_tables_of_times_are_the_results(name):
     found = results_of(f"{name.replace('-', '_')}.json")
