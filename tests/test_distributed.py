@@ -232,7 +232,8 @@ FAIL_ALONE = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("call", "failed"), [("1", 1), ("3", 1), ("0", 0)], ids=["held out", "step", "journal"])
+# The second process has three of the seven windows, too few to hold one out: its fourth call is the first step's.
+@pytest.mark.parametrize(("call", "failed"), [("1", 1), ("4", 1), ("0", 0)], ids=["held out", "step", "journal"])
 def test_what_fails_in_one_process_within_reconstruction_or_writing_ends_all(tmp_path, call, failed):
     finished(FAIL_ALONE, 2, tmp_path, call)
     messages = [(tmp_path / f"error_{rank}").read_text() for rank in (0, 1)]

@@ -217,3 +217,26 @@ def test_conv1d_is_trained_as_linear_layers_are():
         assert tuple(weight.shape) == record.shape
         assert record.zeros == int((weight == 0).sum())
     assert report.sparsity == 0.5
+
+
+def test_a_layer_that_only_chooses_stays(case):
+    """Its output has no gradient, as that of a router that picks the best of some."""
+
+    class Chosen(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block, self.router = block, torch.nn.Linear(32, 2, bias=False)
+
+        def forward(self, hidden, *args, **kwargs):
+            sign = 1 - 2 * self.router(hidden).argmax(-1, keepdim=True)
+            output = self.block(hidden, *args, **kwargs)
+            return sign * (output[0] if isinstance(output, tuple) else output)
+
+    case.block = Chosen(case.block)
+    case.targets = [target + 0.5 * torch.tanh(target) for target in case.outputs()]
+    before = case.state()
+    start, end = case.run()
+    assert end < start
+    after = case.state()
+    assert torch.equal(after["router.weight"], before["router.weight"])
+    assert not torch.equal(after["block.mlp.up_proj.weight"], before["block.mlp.up_proj.weight"])

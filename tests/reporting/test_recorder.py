@@ -231,12 +231,13 @@ def test_the_pruning_has_a_peak_of_its_own(tmp_path, tiny_llama, monkeypatch, ca
     from maiht_lightning.reporting import recorder as module
     from maiht_lightning.reporting.run.page import cost
 
-    # A GPU's peak of the fit, which the pruning forgets for its own, and then that of a measurement.
-    peaks = iter([8 * 2**30, 3 * 2**30])
-    monkeypatch.setattr(module, "peak_memory_bytes", lambda: next(peaks))
+    peak = 8
+    monkeypatch.setattr(module, "peak_memory_bytes", lambda: peak * 2**30)
     logger = Notes()
     record = recorder(tmp_path / "run", loggers=[logger])
     record.begin(tiny_llama(vocab_size=64))
+    # The pruning forgets a GPU's peak of the fit for its own.
+    peak = 4
     for gigabytes in (4, 2):
         record.pruned(replace(report(), peak_memory_bytes=gigabytes * 2**30))
     record.stage("pruned", StageResult())
