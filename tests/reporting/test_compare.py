@@ -270,6 +270,22 @@ def test_the_figure_draws_lines_marks_and_the_dense_model(make, tmp_path, monkey
     assert [text.get_text() for text in axes.texts] == ["∞", "29.93"]
 
 
+def test_lines_have_gaps_where_only_others_were_measured(make, tmp_path, monkeypatch):
+    runs = [make(f"a{value}", "maiht", value, sparsity=value / 100) for value in (50.0, 60.0, 80.0)]
+    runs += [make(f"b{value}", "wanda", value, sparsity=value / 100) for value in (40.0, 60.0, 70.0)]
+    drawn = []
+    monkeypatch.setattr(comparison_figure, "save_png", lambda figure, path: drawn.append(figure) or path)
+    comparison_figure.draw_rows(tmp_path / "x.png", comparison(runs).rows)
+    lines = {container.get_label(): container[0] for container in drawn[0].axes[0].containers}
+    for name, expected in (
+        ("mAIHT", {50: 50, 60: 60, 70: math.nan, 80: 80}),
+        ("Wanda", {40: 40, 50: math.nan, 60: 60, 70: 70}),
+    ):
+        line = lines[f"{name}, unstructured"]
+        assert list(line.get_xdata()) == pytest.approx(list(expected))
+        assert list(line.get_ydata()) == pytest.approx(list(expected.values()), nan_ok=True)
+
+
 @pytest.mark.parametrize(("highest", "cut"), [(2900.0, False), (3100.0, True)])
 def test_hopeless_models_do_not_squeeze_the_others(make, tmp_path, monkeypatch, highest, cut):
     """Where one is above a hundred times the lowest, which is the dense model's 29.93."""

@@ -100,8 +100,10 @@ def reconstruct(
                         error(*training[index]), list(weights.values()), allow_unused=True, materialize_grads=True
                     )
                 for weight, gradient in zip(weights.values(), gradients, strict=True):
-                    ranks.all_reduce(gradient)
-                    weight.grad = gradient.div_(ranks.size)
+                    # Processes sum tensors whose numbers lie in the same order.
+                    weight.grad = gradient.contiguous()
+                    ranks.all_reduce(weight.grad)
+                    weight.grad /= ranks.size
                 with ranks.errors_shared():
                     optimizer.step()
             if (now := held_out_error()) < best:

@@ -1,6 +1,6 @@
 """The figure of a comparison: perplexity against sparsity."""
 
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -90,12 +90,16 @@ def _draw_text(
         for pattern, style in styles.items():
             members = [row for row in rows if _method(row) == method and row.pattern == pattern]
             finite = [row for row in members if isfinite(row.mean(column))]
-            deviations = [row.deviation(column) for row in finite]
+            points = [(100 * row.sparsity, row.mean(column), row.deviation(column)) for row in finite]
             if finite:
+                known = {place for place, *_ in points}
+                # Between its places where others were measured and this was not, a line has a gap.
+                between = {place for place in sparsities if min(known) < place < max(known)}
+                points = sorted([*points, *((place, nan, nan) for place in between - known)])
                 axes.errorbar(
-                    [100 * row.sparsity + shifts[pattern] for row in finite],
-                    [row.mean(column) for row in finite],
-                    yerr=[deviation if isfinite(deviation) else 0 for deviation in deviations],
+                    [place + shifts[pattern] for place, *_ in points],
+                    [value for _, value, _ in points],
+                    yerr=[deviation if isfinite(deviation) else 0 for *_, deviation in points],
                     color=colour,
                     linewidth=1.6,
                     capsize=3,
