@@ -777,6 +777,20 @@ def test_what_the_page_says_of_the_methods_follows_from_the_results():
         assert perplexity["0.5", preset] == pytest.approx(uniform, rel=0.03)
 
 
+def test_what_the_page_says_of_more_text_follows_from_the_results():
+    more, less = results_of("smollm2_64.json"), results_of("smollm2.json")
+    if more is None or less is None:
+        pytest.skip("docs/results has not both")
+    assert more["settings"]["calibration"] == {**less["settings"]["calibration"], "samples": 64}
+    assert less["settings"]["calibration"]["samples"] == 32
+    found, before = (
+        {run["method"]: run["perplexity"]["wikitext2"] for run in each["runs"] if run["setting"] == "0.7"}
+        for each in (more, less)
+    )
+    gained = {method: 1 - found[method] / before[method] for method in ("admm", "maiht:best")}
+    assert gained["maiht:best"] > 3 * gained["admm"] > 0
+
+
 def test_the_table_of_ratios_is_the_results():
     found = results_of("smollm2.json")
     for table in tables_named("ratios"):
