@@ -17,6 +17,7 @@ import yaml
 from helpers.byte_model import byte_tokenizer, same_weights, save_folder
 from helpers.counts import assert_total_is
 from helpers.sharp_model import perplexity_by_definition
+from helpers.warm import kill, python
 from maiht_lightning import prune
 from maiht_lightning.cli import main
 from maiht_lightning.data.python_docs import PythonDocsCalibration
@@ -298,7 +299,7 @@ def test_all_settings_are_listed(command, capsys):
 
 @pytest.mark.slow
 def test_killed_while_pruning_and_resumed(options, tmp_path):
-    command = [sys.executable, "-m", "maiht_lightning.cli", "prune", *options, "--pruning.keep_journal", "true"]
+    command = [*python(), "-m", "maiht_lightning.cli", "prune", *options, "--pruning.keep_journal", "true"]
     environment = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "src")}
     subprocess.run([*command, "--output_dir", "whole"], check=True, env=environment, capture_output=True)
 
@@ -307,8 +308,7 @@ def test_killed_while_pruning_and_resumed(options, tmp_path):
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.kill()
-    process.wait()
+    kill(process)
     assert first.exists()
     stamp = first.stat().st_mtime_ns
     subprocess.run([*command, "--output_dir", "broken"], check=True, env=environment, capture_output=True)
@@ -332,7 +332,7 @@ def test_a_parents_wandb_service_does_not_hold_a_killed_run(options, tmp_path):
             "WANDB_SERVICE": parent.stdout.readline().strip(),
         }
         logger = '{"class_path": "WandbLogger", "init_args": {"offline": true, "project": "test"}}'
-        command = [sys.executable, "-m", "maiht_lightning.cli", "prune", *options, "--output_dir", "out"]
+        command = [*python(), "-m", "maiht_lightning.cli", "prune", *options, "--output_dir", "out"]
         command += ["--trainer.logger", logger]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
@@ -341,8 +341,7 @@ def test_a_parents_wandb_service_does_not_hold_a_killed_run(options, tmp_path):
                 break
             time.sleep(0.002)
         assert list(tmp_path.glob("out/wandb/offline-run-*"))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        assert kill(process) == -signal.SIGKILL
         again = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr[-3000:]
     finally:
@@ -375,7 +374,7 @@ def test_told_to_stop_and_resumed(options, bytes_folder, tmp_path, number, momen
     more = ["--trainer.max_steps", "40", "--trainer.callbacks", every, "--trainer.enable_checkpointing", "true"]
     more += ["--sparse_finetune.max_steps", "40", "--trainer.limit_train_batches", "100", "--pruning.method", "wanda"]
     more += ["--model.name_or_path", str(bytes_folder)]
-    command = [sys.executable, "-m", "maiht_lightning.cli", "fit", *options, *more]
+    command = [*python(), "-m", "maiht_lightning.cli", "fit", *options, *more]
     environment = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "src"), "OMP_NUM_THREADS": "1"}
     with open("out.log", "w") as log:
         process = subprocess.Popen([*command, "--output_dir", "out"], env=environment, stderr=log)
@@ -390,9 +389,9 @@ def test_told_to_stop_and_resumed(options, bytes_folder, tmp_path, number, momen
     (line,) = [line for line in said.splitlines() if line.startswith("maiht fit ")]
     assert (tmp_path / "out" / "resume.ckpt").exists()
     assert not (tmp_path / "out" / "model_finetuned").exists()
-    again = [sys.executable, "-m", "maiht_lightning.cli", *shlex.split(line)[1:]]
+    again = [*python(), "-m", "maiht_lightning.cli", *shlex.split(line)[1:]]
     assert subprocess.run(again, env=environment, capture_output=True, check=False).returncode == 0
-    main([*command[3:], "--output_dir", "whole"])
+    main([*command[command.index("fit") :], "--output_dir", "whole"])
     for name in ("model", "model_finetuned"):
         one, two = (load_model(str(tmp_path / run / name)) for run in ("whole", "out"))
         assert same_weights(one, two)
@@ -430,7 +429,7 @@ def test_killed_while_pruning_within_training_and_resumed(options, bytes_folder,
     environment = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "src"), "OMP_NUM_THREADS": "1"}
     steps = []
     for folder, call, status in (("out", 1, -9), ("out", 2, -9), ("out", 0, 0), ("whole", 0, 0)):
-        command = [sys.executable, "-c", DIES, str(call), "fit", *options, *more, folder]
+        command = [*python(), "-c", DIES, str(call), "fit", *options, *more, folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stderr[-3000:]
         steps.append(done.stdout.count("a training step"))
@@ -474,7 +473,7 @@ def test_the_configuration_printed_is_the_files_with_the_options(options, tmp_pa
 @pytest.mark.slow
 def test_an_error_of_the_users_is_one_line_and_exit_status_2(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "src")}
-    command = [sys.executable, "-m", "maiht_lightning.cli", "evaluate", "--model", "/nowhere/at/all"]
+    command = [*python(), "-m", "maiht_lightning.cli", "evaluate", "--model", "/nowhere/at/all"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     first, hint = [line for line in done.stderr.splitlines() if "maiht" in line.lower()][-2:]

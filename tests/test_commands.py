@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from helpers.sharp_model import perplexity_by_definition
 from helpers.small_task import questions, write_boolq
 from helpers.wandb_file import read_run
 from helpers.wandb_server import wandb_server
+from helpers.warm import python
 from maiht_lightning import MAIHTConfig, prune
 from maiht_lightning.cli import main
 from maiht_lightning.estimate.devices import SHEETS
@@ -285,7 +285,7 @@ def test_a_published_report_reaches_the_server(tmp_path, options):
         loggers = [True, {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"project": "theirs"}}]
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
     source = str(Path(__file__).parents[1] / "src")
-    command = [sys.executable, "-m", "maiht_lightning.cli", "report", "a", "b", "--wandb", "true", *options]
+    command = [*python(), "-m", "maiht_lightning.cli", "report", "a", "b", "--wandb", "true", *options]
     with wandb_server() as (environment, saved):
         settings = {**environment, "WANDB_ENTITY": "our-team", "PYTHONPATH": source}
         done = subprocess.run(

@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import LlamaForCausalLM
 
 from helpers.own_module import OwnModule, trainer
+from helpers.warm import kill, python
 from maiht_lightning import MAIHTPruning
 from maiht_lightning.callbacks.compatibility import check_trainer
 from maiht_lightning.distributed import Ranks
@@ -71,7 +71,7 @@ def launch(program, processes, folder, *arguments):
         variables = {**ENVIRONMENT, "MASTER_ADDR": "localhost", **{name: str(value) for name, value in process.items()}}
         started.append(
             subprocess.Popen(
-                [sys.executable, path, *arguments], cwd=folder, env=variables, stderr=subprocess.PIPE, text=True
+                [*python(), path, *arguments], cwd=folder, env=variables, stderr=subprocess.PIPE, text=True
             )
         )
     return started
@@ -259,7 +259,7 @@ def test_a_killed_process_ends_the_others(tmp_path):
     deadline = time.monotonic() + 120
     while not (tmp_path / "at_1").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    second.kill()
+    kill(second)
     _, errors = first.communicate(timeout=45)  # gloo's own time limit is 60 s
     second.communicate()
     assert first.returncode not in (0, None)
@@ -466,7 +466,7 @@ def test_maiht_prune_with_two_processes_as_with_one(tiny_folder, local_data, tmp
         *("--pruning.evaluation.tasks", "[arc_easy]", "--pruning.evaluation.limit", "9"),
     ]
     several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    command = [sys.executable, "-m", "maiht_lightning.cli", "prune", *options, "--output_dir"]
+    command = [*python(), "-m", "maiht_lightning.cli", "prune", *options, "--output_dir"]
     for name, more in (("one", []), ("two", several)):
         run = [*command, name, *more]
         environment = ENVIRONMENT | {"MAIHT_DATA_DIR": str(local_data)}

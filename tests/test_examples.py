@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -16,6 +15,7 @@ from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM
 
 from helpers.byte_model import save_folder
+from helpers.warm import python
 from maiht_lightning import count_zeros
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ OWN_DATA = EXAMPLES / "own_data.py"
 def run_example(name, folder, *options):
     """Run a script as who copied it does, in a folder and without a network; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, options)],
+        [*python(), EXAMPLES / name, *map(str, options)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "MAIHT_DATA_DIR": "/absent"},
         capture_output=True,

@@ -3,9 +3,9 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
-import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,7 @@ import yaml
 from helpers.byte_model import save_folder
 from helpers.terminal import environment
 from helpers.wandb_file import finished_records, read_run
+from helpers.warm import python
 from maiht_lightning import cli
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ def programs(tmp_path):
     """A folder for PATH, in which `maiht` is the one that is tested."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    add_program(folder, "maiht", f'exec {sys.executable} -m maiht_lightning.cli "$@"')
+    add_program(folder, "maiht", f'exec {shlex.join(python())} -m maiht_lightning.cli "$@"')
     return folder
 
 

@@ -4,7 +4,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -13,6 +12,7 @@ from lightning.pytorch import Trainer
 from helpers.byte_model import llama_config, save_folder
 from helpers.small_texts import write_texts
 from helpers.terminal import environment, maiht
+from helpers.warm import python
 from maiht_lightning import MAIHTPruning
 from maiht_lightning.cli import RUNS, main
 from maiht_lightning.command_line.catalog import COMMANDS, MODEL, command_help, group_help
@@ -143,7 +143,7 @@ def world(tmp_path_factory):
     texts = write_texts(folder / "texts")
     program = folder / "bin" / "maiht"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m maiht_lightning.cli "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(python())} -m maiht_lightning.cli "$@"\n')
     program.chmod(0o755)
     variables = environment(MAIHT_DATA_DIR=str(texts), PYTHONPATH=environment()["PYTHONPATH"])
     variables["PATH"] = f"{program.parent}:{variables['PATH']}"

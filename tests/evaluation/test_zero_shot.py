@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from helpers.warm import python
 from maiht_lightning.evaluation import lm_eval_tasks
 from maiht_lightning.evaluation.evaluation import Evaluation
 from maiht_lightning.evaluation.lm_eval_tasks import PAPER_TASKS, load_tasks
@@ -507,7 +508,7 @@ def test_all_tasks_equal_lm_evals_command_line(smollm2_folder, local_data, tmp_p
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "yaml").mkdir()
     write_yamls(tmp_path / "yaml", local_data, PAPER_TASKS)
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}"]
+    command = [*python(), "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}"]
     command += ["--tasks", ",".join(PAPER_TASKS), "--include_path", str(tmp_path / "yaml"), "--device", "cpu"]
     command += ["--batch_size", "8", "--limit", "8", "--output_path", str(tmp_path / "answer")]
     threads = torch.get_num_threads()

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import fields, replace
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.warm import kill, python
 from maiht_lightning.data.batches import Windows
 from maiht_lightning.models.blocks import find_blocks, find_linears
 from maiht_lightning.pruning.block_pruner import PruningError
@@ -528,7 +528,7 @@ def test_a_killed_process_is_resumed_by_another(tmp_path):
 
     def start(folder, result, wait):
         arguments = [str(folder), str(tmp_path / result), str(wait)]
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen([*python(), "-c", SCRIPT, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     journal = tmp_path / "journal"
     whole, victim = start("none", "whole.safetensors", 0), start(journal, "victim.safetensors", 60)
@@ -537,8 +537,7 @@ def test_a_killed_process_is_resumed_by_another(tmp_path):
         assert victim.poll() is None, "the process ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL
+    assert kill(victim) == -signal.SIGKILL
     assert not (tmp_path / "victim.safetensors").exists()
     assert not (journal / "block_00001.safetensors").exists()
     written = (journal / "block_00000.safetensors").stat().st_mtime_ns

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from helpers.frozen_fit import BATCHES, Module, trainer
+from helpers.warm import python
 from maiht_lightning import FrozenSparsity, freeze, prune
 from maiht_lightning.models.sparsity import count_zeros
 from maiht_lightning.recovery.lora import MaskedLinear, MaskedProduct, mask_lora
@@ -252,7 +252,7 @@ def test_the_example_script(tiny_folder, tmp_path):
     load_tokenizer(str(tiny_folder)).save_pretrained(tmp_path / "pruned")
     script = ROOT / "docs" / "examples" / "lora_recovery.py"
     done = subprocess.run(
-        [sys.executable, script, "--model", "pruned", "--output", "recovered", "--steps", "20", "--seqlen", "64"],
+        [*python(), script, "--model", "pruned", "--output", "recovered", "--steps", "20", "--seqlen", "64"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,

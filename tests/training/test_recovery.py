@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import yaml
 
 from helpers.counts import assert_total_is, check_zeros
+from helpers.warm import kill, python
 from maiht_lightning import CausalLMModule
 from maiht_lightning.cli import main
 from maiht_lightning.models.loading import load_model
@@ -217,7 +217,7 @@ def test_killed_in_the_sparse_phase_and_resumed(name, tiny_folder, local_data, t
     }
     options = [text for setting, value in less.items() for text in (f"--{setting}", str(value))]
     config = str(ROOT / "configs" / f"{name}.yaml")
-    command = [sys.executable, "-m", "maiht_lightning.cli", "fit", "--config", config, *options, *SHIPPED[name]]
+    command = [*python(), "-m", "maiht_lightning.cli", "fit", "--config", config, *options, *SHIPPED[name]]
     # Sums of floats depend on the number of threads.
     environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "MAIHT_DATA_DIR": str(local_data)}
 
@@ -231,8 +231,7 @@ def test_killed_in_the_sparse_phase_and_resumed(name, tiny_folder, local_data, t
     while not last.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     assert process.poll() is None, (process.returncode, Path("broken.log").read_text()[-3000:])
-    process.kill()
-    process.wait()
+    kill(process)
     assert undisturbed.wait() == 0, Path("whole.log").read_text()[-3000:]
     assert not Path("broken/model_finetuned").exists()
     assert torch.load(last, weights_only=True)["global_step"] in (40, 60)  # after 20 or 40 steps, of 45 in this phase
@@ -294,7 +293,7 @@ def test_a_pruned_folder_is_trained_on_by_itself(options, tmp_path):
 
 @pytest.mark.slow
 def test_the_example_in_own_code(tiny_folder, tmp_path):
-    script = [sys.executable, ROOT / "docs" / "examples" / "own_code.py", "--seqlen", "64", "--steps", "5"]
+    script = [*python(), ROOT / "docs" / "examples" / "own_code.py", "--seqlen", "64", "--steps", "5"]
     done = subprocess.run(
         [*script, "--model", tiny_folder, "--output", tmp_path / "run"],
         env=ENVIRONMENT,
@@ -350,7 +349,7 @@ def test_two_processes_as_one_with_the_same_batch(options, tmp_path):
     Path("program.py").write_text(textwrap.dedent(DISTRIBUTED))
     for devices in ("1", "2"):
         done = subprocess.run(
-            [sys.executable, "program.py", devices], env=ENVIRONMENT, capture_output=True, text=True, check=False
+            [*python(), "program.py", devices], env=ENVIRONMENT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
     alone, first, second = (torch.load(f"weights_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
