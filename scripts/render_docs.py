@@ -83,6 +83,16 @@ def ratios(found: dict[str, Any]) -> str:
     return table(["setting", "best of the published", "its perplexity", *map(entry_name, ours)], rows, 2)
 
 
+def ablation(found: dict[str, Any]) -> str:
+    """A row a run: its perplexity, and by how much it is that of `paper` and of `best`."""
+    value = {run["method"]: run["perplexity"]["wikitext2"] for run in found["runs"]}
+    rows = [
+        [entry_name(entry), perplexity(each), *(f"{each / value[f'maiht:{whole}']:.3f}" for whole in ("paper", "best"))]
+        for entry, each in value.items()
+    ]
+    return table(["method", "perplexity", "by `paper`", "by `best`"], rows, 1)
+
+
 def layer_errors(found: dict[str, Any]) -> str:
     """A row a method: errors by those of mAIHT as published, of the layers set aside, and what they cost."""
     settings = list(dict.fromkeys(mean["setting"] for mean in found["means"]))
@@ -137,6 +147,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "methods": ("smollm2.json", methods),
     "more-text": ("smollm2_64.json", methods),
     "ratios": ("smollm2.json", ratios),
+    "ablation": ("ablation.json", ablation),
     "layer-errors": ("layer_error.json", layer_errors),
     "solver-speed": ("solver_speed.json", speed),
     "solver-speed-large": ("solver_speed_large.json", speed),

@@ -812,6 +812,22 @@ def test_the_table_of_ratios_is_the_results():
                     assert number(cell) == pytest.approx(perplexity[setting, entry] / best, abs=0.000501)
 
 
+def test_the_table_of_parts_is_the_results():
+    found = results_of("ablation.json")
+    for table in tables_named("ablation"):
+        if found is None:
+            continue
+        value = {run["method"]: run["perplexity"]["wikitext2"] for run in found["runs"]}
+        assert {run["setting"] for run in found["runs"]} == {"0.7"}
+        assert len(table) == len(value)
+        for (label, shown, *ratios), (entry, each) in zip(table, value.items(), strict=True):
+            # The words of the entry, as the command has them.
+            assert label.removeprefix("mAIHT, ").replace(", ", ",").replace(" ", "=") == entry.removeprefix("maiht:")
+            assert number(shown) == pytest.approx(each, abs=0.00501)
+            for ratio, whole in zip(ratios, ("maiht:paper", "maiht:best"), strict=True):
+                assert number(ratio) == pytest.approx(each / value[whole], abs=0.000501)
+
+
 def test_the_table_of_layer_errors_is_the_results():
     found = results_of("layer_error.json")
     for table in tables_named("layer-errors"):

@@ -26,6 +26,7 @@ from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_lin
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.solvers import resolve_config
 from maiht_lightning.solvers.fusing import failures, fused, run_by
+from maiht_lightning.solvers.slices import copy_beside, page_locked
 
 pytestmark = pytest.mark.gpu
 # Once for all of them.
@@ -171,6 +172,11 @@ def test_layers_in_slices(gpu, precision, memory_budget):
     assert found.weight.device.type == gpu.type
     assert found.relative_error == pytest.approx(wanted.relative_error, rel=5e-3)
     assert (found.mask.cpu() != wanted.mask).float().mean() < 0.02
+
+
+def test_what_waits_in_host_memory_is_page_locked(gpu):
+    matrix = page_locked(torch.ones(3, 4), gpu)
+    assert matrix.is_pinned() == copy_beside(matrix).is_pinned() == (gpu.type == "cuda")
 
 
 @pytest.mark.parametrize("hidden_states", ["device", "host", "disk"])

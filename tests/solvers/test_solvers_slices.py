@@ -7,7 +7,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from helpers.problems import FLOAT64, make_problem
 from maiht_lightning.solvers import MAIHTConfig, prune_layer
 from maiht_lightning.solvers.problem import relative_error, scale_gram
-from maiht_lightning.solvers.slices import Slices, rows_within, solver_bytes
+from maiht_lightning.solvers.slices import Slices, copy_beside, page_locked, rows_within, solver_bytes
 
 PATTERNS = ["unstructured", "row", "2:4"]
 ITERATIVE = ["maiht", "aiht", "iht"]
@@ -126,3 +126,18 @@ def test_slices_that_settle_at_different_times():
 def test_bad_settings(setting, value):
     with pytest.raises(ValueError, match=setting):
         MAIHTConfig(**{setting: value})
+
+
+def test_only_what_a_gpu_fetches_is_page_locked(monkeypatch):
+    """As far as a CPU can tell: which matrices are asked for, and that a copy is a copy."""
+    locked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: locked.append(self) or self)
+    weight, gram = make_problem(4, 24, 32)
+    for config in (FLOAT64, MAIHTConfig(precision="float64", memory_budget=budget(5, 32))):
+        prune_layer(weight, gram, config=config)
+    assert not locked
+    assert page_locked(weight, torch.device("cuda")) is weight
+    assert len(locked) == 1
+    copied = copy_beside(weight)
+    assert torch.equal(copied, weight)
+    assert copied.data_ptr() != weight.data_ptr()

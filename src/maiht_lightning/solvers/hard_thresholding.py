@@ -12,7 +12,7 @@ from torch import Tensor
 from .fusing import add_scaled, one_pass
 from .patterns import Pattern, count, hard_threshold_, keep_of_groups_
 from .precision import Products
-from .slices import Slices
+from .slices import Slices, copy_beside
 from .solution import padded
 
 # Where a tolerance is set, so many iterations lie between two looks at whether the objective has converged.
@@ -30,7 +30,7 @@ class Candidate:
     """
 
     def __init__(self, start: Tensor) -> None:
-        self.value, self.stepped = start.clone(), start.clone()
+        self.value, self.stepped = copy_beside(start), copy_beside(start)
         self.loss = self.nonzeros = torch.empty(0)
 
 
@@ -85,7 +85,7 @@ class HardThresholding:
         # All begin at the dense weight B: its gradient is 0, so that its gradient step u(B) is B again.
         self.candidates = [Candidate(target) for _ in range(accelerated + plain)]
         self.accelerated, self.plain = accelerated, plain
-        self.stepped = target.clone()
+        self.stepped = copy_beside(target)
         self.nonzeros = self._per_problem(count(target != 0)[:, 0]).to(device)
         self.loss = torch.zeros_like(self.nonzeros)
         self.took_accelerated = torch.ones_like(self.nonzeros, dtype=torch.bool)

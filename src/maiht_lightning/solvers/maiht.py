@@ -38,7 +38,7 @@ from .hard_thresholding import CHECK_EVERY, HardThresholding, has_converged
 from .patterns import Pattern, count, kth_largest
 from .precision import Products
 from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weight
-from .slices import rows_within
+from .slices import page_locked, rows_within
 from .solution import Solution
 
 
@@ -112,6 +112,7 @@ def solve(
         # What must outlive a slice waits in host memory: B, and the candidates with their gradient steps (out, in).
         norms, dense = norms.cpu(), dense.cpu()
     target, exponent = scale_weight(dense, norms)
+    target = page_locked(target, device)
     penalty = initial_penalty(target, step_size, pattern) if not pattern.group else target.new_zeros(1, 1).double()
     iteration = HardThresholding(
         target,

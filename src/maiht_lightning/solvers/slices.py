@@ -30,6 +30,16 @@ def rows_within(memory_budget: int | None, shape: torch.Size | tuple[int, ...], 
     return min(shape[0], memory_budget // row)
 
 
+def page_locked(matrix: Tensor, device: torch.device) -> Tensor:
+    """A matrix (out, in) of host memory where a GPU fetches slices from it, and writes them back, without a detour."""
+    return matrix.pin_memory() if device.type == "cuda" and not matrix.is_cuda else matrix
+
+
+def copy_beside(matrix: Tensor) -> Tensor:
+    """A copy of a matrix (out, in) in memory of the same kind, page-locked or not."""
+    return torch.empty_like(matrix, pin_memory=matrix.is_pinned()).copy_(matrix)
+
+
 class Slices:
     """Lends rows of matrices (out, in) to the execution device: views where they are there, else copies in buffers.
 
@@ -58,7 +68,8 @@ class Slices:
                 self._rows, matrix.shape[1], dtype=matrix.dtype, device=self._device
             )
         buffer = self._buffers[matrix.data_ptr()][: len(rows)]
-        return buffer.copy_(rows) if read else buffer
+        # What is borrowed lies still until something is given back, which waits for what was asked for before it.
+        return buffer.copy_(rows, non_blocking=True) if read else buffer
 
     def give_back(self, matrix: Tensor, part: slice, borrowed: Tensor) -> None:
         """Write changed rows back to where the matrix is."""
