@@ -18,7 +18,7 @@ NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "WANDB_BASE_URL": "http://127.0.
 
 @pytest.mark.slow
 def test_all_is_told_without_a_network(tmp_path):
-    done = maiht("doctor", "--json", cwd=tmp_path, MAIHT_DATA_DIR="", WANDB_MODE="", **NOWHERE)
+    done = maiht("doctor", "--json", cwd=tmp_path, warm=True, MAIHT_DATA_DIR="", WANDB_MODE="", **NOWHERE)
     assert (done.status, done.err) == (0, "")
     found = json.loads(done.out)
     assert found["pruning_works"] is True
@@ -37,7 +37,7 @@ def test_all_is_told_without_a_network(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_same_is_shown_to_people(terminal, tmp_path):
-    done = maiht("doctor", cwd=tmp_path, terminal=terminal, **NOWHERE)
+    done = maiht("doctor", cwd=tmp_path, terminal=terminal, warm=True, **NOWHERE)
     assert done.status == 0
     lines = done.out.replace("\r\n", "\n").splitlines()
     assert lines[-1] == "Pruning can work here."

@@ -11,6 +11,8 @@ import termios
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.warm import python
+
 ROOT = Path(__file__).parents[2]
 # What a test before may have set, or who runs the tests, and the command decides itself.
 DECIDED = ("TQDM_DISABLE", "GOMP_SPINCOUNT", "COLUMNS", "MAIHT_TRACEBACK")
@@ -31,9 +33,9 @@ def environment(**changes):
     return {**kept, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **changes}
 
 
-def maiht(*arguments, cwd=None, terminal=False, program=("-m", "maiht_lightning.cli"), **changes):
-    """Run `maiht`, or another program of Python's, to its end."""
-    command = [sys.executable, *program, *map(str, arguments)]
+def maiht(*arguments, cwd=None, terminal=False, warm=False, program=("-m", "maiht_lightning.cli"), **changes):
+    """Run `maiht`, or another program of Python's, to its end; `warm`: with the imports done, see `helpers.warm`."""
+    command = [*(python() if warm else [sys.executable]), *program, *map(str, arguments)]
     if not terminal:
         done = subprocess.run(command, cwd=cwd, env=environment(**changes), capture_output=True, text=True, check=False)
         return Ended(done.returncode, done.stdout, done.stderr)

@@ -108,7 +108,7 @@ def test_without_wandbs_key_there_is_a_remedy_and_no_traceback(command, folder, 
         pytest.importorskip("wandb_workspaces.reports.v2")
         settings = f"{folder} --wandb true"
     nothing = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc")}
-    shown = maiht(command, *settings.split(), cwd=tmp_path, **nothing)
+    shown = maiht(command, *settings.split(), cwd=tmp_path, warm=True, **nothing)
     told = shown.err.splitlines()
     assert (shown.status, "Traceback" in shown.err) == (2, False), shown.err[-3000:]
     (place,) = [number for number, line in enumerate(told) if line.startswith("maiht: error: W&B: ")]
@@ -132,7 +132,7 @@ def test_an_offline_run_can_be_looked_at_without_an_account(folder, tmp_path):
     (run,) = folder.glob("wandb/offline-run-*")
     nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
     (words,) = [words[:-1] for words in told if "--summary" in words]
-    shown = maiht(*words, run, program=("-m", "wandb"), cwd=tmp_path, **nobody)
+    shown = maiht(*words, run, program=("-m", "wandb"), cwd=tmp_path, warm=True, **nobody)
     assert shown.status == 0, shown.err
     seen = dict(line.split(None, 1) for line in shown.out.splitlines() if len(line.split()) == 2)
     for name, stage in json.loads((folder / "summary.json").read_text())["stages"].items():
