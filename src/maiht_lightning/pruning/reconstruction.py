@@ -85,6 +85,7 @@ def reconstruct(
         optimizer = torch.optim.Adam(
             [{"params": [weight], "lr": rate} for weight, rate in zip(weights.values(), rates, strict=True)],
             betas=(0.9, 0.95),
+            fused=True,  # one pass over the weights, where each step is worth one window only
         )
         order = torch.Generator().manual_seed(seed)
         total_steps = config.reconstruction_epochs * steps
