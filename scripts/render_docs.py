@@ -146,6 +146,7 @@ def recovery(found: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "methods": ("smollm2.json", methods),
     "more-text": ("smollm2_64.json", methods),
+    "most-text": ("smollm2_128.json", methods),
     "ratios": ("smollm2.json", ratios),
     "ablation": ("ablation.json", ablation),
     "layer-errors": ("layer_error.json", layer_errors),

@@ -28,7 +28,7 @@ from helpers.own_module import OwnModule, trainer
 from helpers.sharp_model import perplexity_by_definition
 from helpers.small_texts import SCRIPTS, load_script, run_script, write_texts
 from helpers.wandb_file import read_run
-from maiht_lightning import cli, commands
+from maiht_lightning import C4Calibration, cli, commands
 from maiht_lightning.distributed import Ranks
 from maiht_lightning.solvers import METHODS, LayerSolver, PruningSpec, parse_pattern
 
@@ -713,11 +713,15 @@ LABELS = {
     "mAIHT, best": "maiht:best",
     "mAIHT, balanced, allocation uniform": "maiht:balanced,allocation=uniform",
     "mAIHT, best, allocation uniform": "maiht:best,allocation=uniform",
+    "mAIHT, balanced, reconstruction_epochs 1": "maiht:balanced,reconstruction_epochs=1",
 }
 PUBLISHED = ["magnitude", "wanda", "sparsegpt", "admm", "maiht:paper"]
 
 
-@pytest.mark.parametrize(("name", "file"), [("methods", "smollm2.json"), ("more-text", "smollm2_64.json")])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("methods", "smollm2.json"), ("more-text", "smollm2_64.json"), ("most-text", "smollm2_128.json")],
+)
 def test_the_tables_of_methods_are_the_results(name, file):
     found = results_of(file)
     for table in tables_named(name):
@@ -791,6 +795,11 @@ def test_what_the_page_says_of_more_text_follows_from_the_results():
     )
     gained = {method: 1 - found[method] / before[method] for method in ("admm", "maiht:best")}
     assert gained["maiht:best"] > 3 * gained["admm"] > 0
+    most = results_of("smollm2_128.json")
+    assert most["settings"]["calibration"] == {**less["settings"]["calibration"], "samples": C4Calibration().samples}
+    # On the page of the presets: one pass with the most text does more than four with the least.
+    (trained,) = (run for run in most["runs"] if run["method"] == "maiht:balanced,reconstruction_epochs=1")
+    assert trained["perplexity"]["wikitext2"] < before["maiht:best"]
 
 
 def test_the_table_of_ratios_is_the_results():
@@ -826,6 +835,18 @@ def test_the_table_of_parts_is_the_results():
             assert number(shown) == pytest.approx(each, abs=0.00501)
             for ratio, whole in zip(ratios, ("maiht:paper", "maiht:best"), strict=True):
                 assert number(ratio) == pytest.approx(each / value[whole], abs=0.000501)
+
+
+def test_what_the_page_says_of_parts_follows_from_the_results():
+    found = results_of("ablation.json")
+    if found is None:
+        pytest.skip("docs/results/ablation.json is not there")
+    value = {run["method"].removeprefix("maiht:"): run["perplexity"]["wikitext2"] for run in found["runs"]}
+    trained = "paper,reconstruction_epochs=4"
+    assert {entry for entry, each in value.items() if each > value["paper"]} == {"paper,sublayers=true"}
+    assert min(value, key=lambda entry: value[entry]) == trained
+    assert value["best"] < value["balanced"] < value["paper"]
+    assert found["settings"] == results_of("smollm2.json")["settings"]
 
 
 def test_the_table_of_layer_errors_is_the_results():
