@@ -22,7 +22,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from maiht_lightning.reporting.comparison.runs import Run, read_run
 from maiht_lightning.reporting.environment import environment
 from maiht_lightning.reporting.recorder import RunRecorder
 from maiht_lightning.reporting.summary import Summary
-from maiht_lightning.solvers import MAIHTConfig, PruningSpec, parse_pattern, resolve_config
+from maiht_lightning.solvers import MAIHTConfig, PruningSpec, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,7 @@ def parse_arguments() -> argparse.Namespace:
 def settings_of(entry: str) -> tuple[str, MAIHTConfig]:
     """Method and settings of an entry such as `admm`, `maiht:best` or `maiht:best,mu=0.03`."""
     method, _, described = entry.partition(":")
-    preset, *changes = (described or "paper").split(",")
-    changed = dict(change.split("=", 1) for change in changes)
-    values = {name: yaml.safe_load(value) for name, value in changed.items()}
-    config = replace(resolve_config(preset), **values)
-    return method, PruningSpec.parse(method=method, config=config).config
+    return method, PruningSpec.parse(method=method, config=described or "paper").config
 
 
 def pattern_of(setting: str, method: str = "maiht", wanda_pattern: str = "row") -> tuple[str, float]:

@@ -87,6 +87,40 @@ def test_the_default(method):
     assert MAIHTPruning(method=method).spec.config == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("balanced", {}),
+        ("balanced,reconstruction_epochs=1", {"reconstruction_epochs": 1}),
+        ("balanced, sublayers=false , dense_targets=0", {"sublayers": False, "dense_targets": 0}),
+        ("balanced,allocation=owl,memory_budget=none,mu=1e-3", {"allocation": "owl", "mu": 0.001}),
+    ],
+)
+def test_what_stands_after_a_presets_name_differs_from_it(text, changes):
+    expected = replace(PRESETS["balanced"], **changes)
+    assert resolve_config(text) == MAIHTPruning(config=text).spec.config == expected
+    found, wanted = (config.identity() for config in (resolve_config(text), expected))
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("balancd,mu=1", "did you mean balanced"),
+        ("balanced,epochs", "such as reconstruction_epochs=1, but found 'epochs'"),
+        ("balanced,sublayer=true", "found 'sublayer=true': did you mean sublayers"),
+        ("balanced,", "but found ''"),
+        ("balanced,mu=much", "mu must be a value such as 0.1, but found 'much'"),
+        ("balanced,mu=-1", "mu must be a finite number"),
+        ("balanced,allocation=deep", "allocation must be one of uniform"),
+        ("paper,dense_targets=0.5", "needs sublayers"),
+    ],
+)
+def test_changes_of_a_preset_that_cannot_be_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        MAIHTPruning(config=text)
+
+
 @pytest.mark.parametrize("method", ["aiht", "iht"])
 @pytest.mark.parametrize("config", ["fast", "balanced", "best"])
 def test_presets_that_are_not_for_a_method_are_refused_at_once(method, config):
@@ -409,6 +443,7 @@ def test_several_steps_keep_their_zeros_with_the_default(make, tmp_path, no_figu
     [
         ([], PRESETS["balanced"]),
         (["--pruning.config", "best"], PRESETS["best"]),
+        (["--pruning.config", "best,reconstruction_epochs=1"], replace(PRESETS["best"], reconstruction_epochs=1)),
         (["--pruning.config", "paper"], PRESETS["paper"]),
         (["--pruning.method", "wanda"], PRESETS["paper"]),
         (
@@ -425,7 +460,7 @@ def test_several_steps_keep_their_zeros_with_the_default(make, tmp_path, no_figu
             MAIHTConfig(candidates="preconditioned", sublayers=True, dense_targets=0.3, mu=0.2),
         ),
     ],
-    ids=["default", "best", "paper", "wanda", "one by one", "as one"],
+    ids=["default", "best", "changed", "paper", "wanda", "one by one", "as one"],
 )
 def test_from_the_command_line(tmp_path, monkeypatch, no_figures, options, config):
     monkeypatch.chdir(tmp_path)

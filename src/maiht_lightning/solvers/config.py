@@ -1,5 +1,6 @@
 """Settings of the solvers, and of what is done with their results block by block."""
 
+from ast import literal_eval
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -195,21 +196,41 @@ PRESETS = {
 def resolve_config(config: MAIHTConfig | str | None, method: str = "maiht") -> MAIHTConfig:
     """Return settings as they are, those of a preset by its name, and for None `balanced`.
 
-    Other methods than `maiht` are by default as they were published, without what is done for a whole model.
+    After a preset's name may stand what is to differ from it, as in `balanced,reconstruction_epochs=1`. Other methods
+    than `maiht` are by default as they were published, without what is done for a whole model.
 
     Raises:
-        ValueError: No preset has this name.
-        TypeError: It is neither settings nor a name.
+        ValueError: No preset, or no setting, has this name, or a setting is out of range.
+        TypeError: It is neither settings nor text.
     """
     if config is None:
         return PRESETS["balanced" if method == "maiht" else "paper"]
     if isinstance(config, str):
-        if config not in PRESETS:
-            asked = did_you_mean(config, PRESETS)
+        name, *changes = (part.strip() for part in config.split(","))
+        if name not in PRESETS:
+            asked = did_you_mean(name, PRESETS)
             raise ValueError(
                 f"config must be a preset ({', '.join(PRESETS)}) or a MAIHTConfig, but found {config!r}{asked}"
             )
-        return PRESETS[config]
+        return replace(PRESETS[name], **dict(_change(text) for text in changes))
     if not isinstance(config, MAIHTConfig):
         raise TypeError(f"config must be a MAIHTConfig or a preset's name, but found {type(config).__name__}")
     return config
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """Name and value of a setting such as `reconstruction_epochs=1`."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    known = [field.name for field in fields(MAIHTConfig)]
+    if not equals or name not in known:
+        raise ValueError(
+            f"after a preset's name, config has settings such as reconstruction_epochs=1, but found {text!r}"
+            f"{did_you_mean(name, known)}"
+        )
+    default = getattr(MAIHTConfig, name)
+    if isinstance(default, str):
+        return name, value
+    try:
+        return name, literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
+    except (ValueError, SyntaxError):
+        raise ValueError(f"{name} must be a value such as {default!r}, but found {value!r}") from None
