@@ -95,18 +95,18 @@ def made_once(folder, make):
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(smollm2_gguf, tmp_path_factory):
+def smollm2_folder(smollm2_gguf, tokenizer, tmp_path_factory):
     """SmolLM2 with its tokenizer, as a Hugging Face folder: a GGUF file takes half a minute to read.
 
     `as_read.pt` holds tokens of `CAPITAL` and the logits for them of the model that was read.
     """
     import torch
 
-    from maiht_lightning.models.loading import load_model, load_tokenizer
+    from maiht_lightning.models.loading import load_model
 
     def make(folder):
         # A .gguf file has no format that could be kept.
-        model, tokenizer = load_model(str(smollm2_gguf), None).eval(), load_tokenizer(str(smollm2_gguf))
+        model = load_model(str(smollm2_gguf), None).eval()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         tokens = torch.tensor([tokenizer(CAPITAL).input_ids])

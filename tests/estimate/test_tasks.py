@@ -28,15 +28,16 @@ def tasks_of(llama, device="a100-80gb", **settings):
 
 
 @pytest.mark.slow
-def test_sizes_are_those_of_the_documents(tokenizer, real_data):
-    for name, task in load_tasks(PAPER_TASKS).items():
-        task.build_all_requests(limit=None, rank=0, world_size=1)
-        texts = [context + continuation for context, continuation in (each.args for each in task.instances)]
-        # The last token is only scored, and what is equal before it goes through the model once.
-        rows = {tuple(tokens[:-1]) for tokens in tokenizer(texts).input_ids}
-        found, lengths = TASKS[name], [len(row) for row in rows]
-        assert found.documents == len(task.eval_docs), name
-        assert (found.sequences, found.tokens, found.longest) == (len(rows), sum(lengths), max(lengths)), name
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_sizes_are_those_of_the_documents(tokenizer, real_data, name):
+    task = load_tasks([name])[name]
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    texts = [context + continuation for context, continuation in (each.args for each in task.instances)]
+    # The last token is only scored, and what is equal before it goes through the model once.
+    rows = {tuple(tokens[:-1]) for tokens in tokenizer(texts).input_ids}
+    found, lengths = TASKS[name], [len(row) for row in rows]
+    assert found.documents == len(task.eval_docs)
+    assert (found.sequences, found.tokens, found.longest) == (len(rows), sum(lengths), max(lengths))
 
 
 def test_operations_and_seconds_by_hand(llama):
