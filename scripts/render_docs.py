@@ -84,13 +84,12 @@ def ratios(found: dict[str, Any]) -> str:
 
 
 def ablation(found: dict[str, Any]) -> str:
-    """A row a run: its perplexity, and by how much it is that of `paper` and of `best`."""
+    """A row a run: its perplexity, and by how much it is that of `paper`."""
     value = {run["method"]: run["perplexity"]["wikitext2"] for run in found["runs"]}
     rows = [
-        [entry_name(entry), perplexity(each), *(f"{each / value[f'maiht:{whole}']:.3f}" for whole in ("paper", "best"))]
-        for entry, each in value.items()
+        [entry_name(entry), perplexity(each), f"{each / value['maiht:paper']:.3f}"] for entry, each in value.items()
     ]
-    return table(["method", "perplexity", "by `paper`", "by `best`"], rows, 1)
+    return table(["method", "perplexity", "by `paper`"], rows, 1)
 
 
 def layer_errors(found: dict[str, Any]) -> str:
