@@ -846,8 +846,10 @@ def test_what_the_page_says_of_parts_follows_from_the_results():
     value = {run["method"].removeprefix("maiht:"): run["perplexity"]["wikitext2"] for run in found["runs"]}
     trained = "paper,reconstruction_epochs=4"
     assert {entry for entry, each in value.items() if each > value["paper"]} == {"paper,sublayers=true"}
-    assert min(value, key=lambda entry: value[entry]) == trained
-    assert value["best,allocation=depth"] < value["balanced"] < value["paper"]
+    assert value["paper,allocation=depth"] < value["paper"]
+    assert value["best"] < value[trained] < value["best,allocation=depth"] < value["balanced"] < value["paper"]
+    # Training is worth most of what one part does.
+    assert value[trained] == min(each for entry, each in value.items() if entry.startswith("paper"))
     assert found["settings"] == results_of("smollm2.json")["settings"]
 
 
