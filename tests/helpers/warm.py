@@ -179,6 +179,8 @@ def run(program):
 
 def begin(request):
     """Be the process that was asked for: its variables, folder, arguments; returns its program."""
+    # It is ignored where the tests are, as by shells in what they start in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
