@@ -29,7 +29,7 @@ import threading
 import traceback
 from pathlib import Path
 
-SOURCES = [Path(__file__).parents[2] / name for name in ("src", "tests")]
+SOURCES = [str(Path(__file__).parents[2] / name) for name in ("src", "tests")]
 HEAVY = (
     "datasets",
     "lm_eval.models.huggingface",
@@ -52,10 +52,11 @@ def python():
         return [sys.executable]
     folder = tempfile.TemporaryDirectory(prefix="warm-")
     path = os.path.join(folder.name, "socket")
-    kept = {name: value for name, value in os.environ.items() if name not in ("TQDM_DISABLE", "COLUMNS")}
+    # tqdm reads it while it is imported.
+    kept = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     server = subprocess.Popen(
         [sys.executable, __file__, "serve", path],
-        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, SOURCES))},
+        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(SOURCES)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -90,7 +91,8 @@ def relay(path, arguments):
     connection.sendall(message)
     status = struct.unpack("!i", received(connection, 4))[0]
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 
@@ -188,8 +190,7 @@ def begin(request):
         stream.reconfigure(line_buffering=stream.isatty())
     kind, *arguments = request["arguments"]
     # Those of the server's own variables come from the request, if at all.
-    own = [str(source) for source in SOURCES]
-    known = [place for place in sys.path if place not in own]
+    known = [place for place in sys.path if place not in SOURCES]
     known[:0] = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     if kind == "-m":
         sys.path[:] = [os.getcwd(), *known]
