@@ -25,7 +25,7 @@ from maiht_lightning.evaluation.zero_shot import zero_shot
 from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_linears, weight_of
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.solvers import resolve_config
-from maiht_lightning.solvers.fusing import failures, fused, run_by
+from maiht_lightning.solvers.fusing import failures, run_by, unfused
 from maiht_lightning.solvers.slices import copy_beside, page_locked
 
 pytestmark = pytest.mark.gpu
@@ -98,17 +98,23 @@ def test_precisions_on_a_gpu(gpu, preset):
     assert torch.equal(auto.weight, found["mixed" if gpu.type == "cuda" else "float32"].weight)
 
 
-@pytest.mark.parametrize("preset", ["paper", "balanced"])
-@pytest.mark.parametrize("precision", ["float32", "auto"])
-def test_fused_passes_give_the_same_weights(gpu, preset, precision):
-    config = replace(resolve_config(preset), precision=precision)
-    weight, gram = (tensor.float().to(gpu) for tensor in make_problem(7, 384, 512, spread=1.5))
-    plain = prune_layer(weight, gram, config=config)
-    with run_by(fused):
-        found = prune_layer(weight, gram, config=config)
-    assert not failures
-    assert found.mask.sum() == plain.mask.sum()
-    assert found.relative_error == pytest.approx(plain.relative_error, rel=3e-3)
+@pytest.mark.parametrize("method", ["maiht", "preconditioned", "aiht", "iht"])
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
+@pytest.mark.parametrize("precision", ["float32", "fp16x3", "auto"])
+def test_fused_passes_give_the_same_weights(gpu, method, pattern, precision):
+    """Kernels beside the operations that they stand for; wide rows, too, and zeros that stay."""
+    config = replace(resolve_config("balanced" if method == "preconditioned" else "paper"), precision=precision)
+    method = "maiht" if method == "preconditioned" else method
+    for shape in ((200, 64), (384, 1100)):
+        weight, gram = (tensor.float().to(gpu) for tensor in make_problem(7, *shape, spread=1.5))
+        weight[3, :20] = 0
+        settings = {"config": replace(config, keep_zeros=shape[1] == 64), "method": method, "pattern": pattern}
+        found = prune_layer(weight, gram, **settings)
+        with run_by(unfused):
+            plain = prune_layer(weight, gram, **settings)
+        assert not failures
+        assert found.mask.sum() == plain.mask.sum()
+        assert found.relative_error == pytest.approx(plain.relative_error, rel=3e-3)
 
 
 @pytest.mark.parametrize("setting", ["paper", "balanced", "best"])

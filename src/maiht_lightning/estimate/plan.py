@@ -15,7 +15,6 @@ from torch import nn
 from ..capture.grams import slice_rows
 from ..solvers import PruningSpec, splitting
 from ..solvers.config import HELD_OUT
-from ..solvers.fusing import COMPILING
 from ..solvers.precision import bytes_per_entry, search_form
 from ..solvers.slices import solver_bytes
 from .devices import GIB, Device, find_device
@@ -24,6 +23,8 @@ from .shape import ModelShape
 from .solver import count_solver
 from .tasks import TASKS
 
+# Seconds in which Triton makes the solver's kernels, once.
+COMPILING = 5.0
 # Bytes per weight of an optimizer's state, by the weight's own bytes. In 8 bits each of two moments has a byte, and a
 # float32 scale per 256 of them.
 OPTIMIZERS = {"adamw": lambda itemsize: 2 * itemsize, "adamw_8bit": lambda itemsize: 2 + 8 / 256}
@@ -221,7 +222,8 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
 
 def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     spec = job.spec.on("cpu" if device.is_host else "cuda")
-    fuses = not device.is_host and spec.fuses(shape.prunable, "cuda")
+    # What keeps N of M has no kernel.
+    fuses = not device.is_host and not spec.pattern.group
     counts, config = count_solver(spec, fused=fuses), spec.config
     flops = shape.blocks * sum(counts.products * layer.outputs * layer.inputs**2 for layer in shape.layers)
     # TF32 does not reach factorisations and what is solved with them.

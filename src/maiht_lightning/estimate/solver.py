@@ -6,6 +6,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..solvers import LayerSolver, PruningSpec
@@ -38,7 +40,7 @@ def count_solver(spec: PruningSpec, *, fused: bool = False) -> SolverCounts:
 
     Args:
         spec: How it is pruned, with the precision of the device in question: see `PruningSpec.on`.
-        fused: Whether its passes over memory are compiled, so that each reads and writes every matrix once.
+        fused: Whether kernels do its passes over memory, so that each reads and writes every matrix once.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -75,8 +77,10 @@ class _SolverTraffic(Traffic):
 
     def run_pass(self, function: Callable[..., Any], scratch: Any, *args: Any) -> Any:
         """Run a pass as one kernel does: each matrix is read once, each that it changes or returns written once."""
+        # What a kernel has in registers is in matrices here that nobody else has.
+        scratch = tree_map_only(Tensor, torch.empty_like, scratch)
         self._pass = each = _Pass({tensor.untyped_storage()._cdata: nbytes(tensor) for tensor in tensors(args)})
-        found = function(*args, scratch=None)
+        found = function(*args, scratch=scratch)
         self._pass = None
         self.moved += each.moved + sum(map(nbytes, tensors(found)))
         return found

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import torch
@@ -31,7 +30,6 @@ from ..models.offload import (
 )
 from ..records import LayerRecord, PruningReport
 from ..solvers import MAIHTConfig, Pattern, PruningSpec
-from ..solvers.fusing import fused, run_by
 from ..solvers.precision import bytes_per_entry
 from ..solvers.slices import solver_bytes
 from .allocation import allocate, layer_sizes
@@ -164,9 +162,6 @@ def prune_model(
     if hidden_states == "auto":
         hidden_states = _choose_storage(model, batches, spec, loader)
     shapes = [weight_of(linear).shape for _, linear in blocks.linears()]
-    fuses = spec.fuses(sum(map(prod, shapes)) // ranks.size, device)
-    if fuses:
-        log.info("With the first layer the solver's passes over memory are compiled, which takes some seconds once.")
     started = time.perf_counter()
     forget_peak(device)
     # What is made in inference mode, in which a caller may be, could not be differentiated in a reconstruction.
@@ -176,7 +171,6 @@ def prune_model(
         torch.no_grad(),
         evaluation_mode(model),
         loader,
-        run_by(fused if fuses else None),
         HiddenStateStore(hidden_states, loader.device, journal_dir.parent if journal_dir else None) as store,
         tqdm(total=len(shapes), desc="Pruning", unit="layer", disable=not (progress and ranks.is_main)) as bar,
     ):

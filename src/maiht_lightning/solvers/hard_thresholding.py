@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fusing import add_scaled, one_pass
+from .fusing import one_pass
 from .patterns import Pattern, count, hard_threshold_, keep_of_groups_
-from .precision import Products
+from .precision import Left, Multiplier, Products, scale
 from .slices import Slices, copy_beside
 from .solution import padded
 
 # Where a tolerance is set, so many iterations lie between two looks at whether the objective has converged.
 CHECK_EVERY = 5
+# So many of the refining steps, the last ones, take the products for final weights. What those before them were off by,
+# in single rounded products, these make good.
+EXACT_STEPS = 10
 
 
 class Candidate:
@@ -75,13 +78,15 @@ class HardThresholding:
         rows: int | None = None,
         keep_zeros: bool = False,
     ) -> None:
-        self.target, self.products, self.multiply = target, products, products.search
+        self.target, self.products = target, products
         device = products.search.device
         self.keep_zeros = keep_zeros
         self.step_size, self.pattern = step_size, pattern
         self.slices = Slices(len(target), rows or len(target), device)
-        self.residual = torch.empty_like(target[self.slices.parts[0]], device=device)
-        self.gradient = torch.empty_like(self.residual)
+        self.gradient = torch.empty_like(target[self.slices.parts[0]], device=device)
+        # S − B as products take it, and a buffer for it where they take it in another form.
+        self.left = products.search.left(len(self.gradient))
+        self.residual = self._residual(self.left)
         # All begin at the dense weight B: its gradient is 0, so that its gradient step u(B) is B again.
         self.candidates = [Candidate(target) for _ in range(accelerated + plain)]
         self.accelerated, self.plain = accelerated, plain
@@ -96,15 +101,15 @@ class HardThresholding:
         rows = rows.double()
         return rows[:, None] if self.pattern.by_row and not self.pattern.group else rows.sum().view(1, 1)
 
-    def measure(self, value: Tensor, stepped: Tensor, target: Tensor) -> Tensor:
-        """The loss of a point, whose residual is at hand, and its gradient step into `stepped`: one product with A."""
-        residual, gradient = self.residual[: len(value)], self.gradient[: len(value)]
-        _, factor = self.multiply.unscaled(residual, out=gradient)
-        zeros = target if self.keep_zeros else None
-        products = descend(
-            value, residual, gradient, factor, self.step_size, zeros, stepped, scratch=(gradient, residual)
-        )
-        return self._per_problem(products) / 2
+    def _residual(self, left: Left) -> Tensor:
+        return left.matrix if left.exponents is None else torch.empty_like(self.gradient)
+
+    def measure(self, multiply: Multiplier, left: Left, value: Tensor, stepped: Tensor, target: Tensor) -> Tensor:
+        """The loss of a point, whose residual is in `left`, and its gradient step into `stepped`: one product with A."""
+        gradient, residual = self.gradient[: len(value)], self.residual[: len(value)]
+        multiply.product(left, out=gradient)
+        settings = multiply.exponent, gradient, self.step_size, self.keep_zeros
+        return self._per_problem(descend(value, target, left, *settings, stepped, scratch=(gradient, residual))) / 2
 
     def step(self, penalty: Tensor) -> None:
         """Do one iteration at penalty λ, float64, (1, 1) or (out, 1).
@@ -132,20 +137,22 @@ class HardThresholding:
                 Point(point, self.slices.borrow(point.value, part, read=False), self.slices.borrow(point.stepped, part))
                 for point in self.candidates
             ]
-            u_y, residual = self.gradient[: len(stepped)], self.residual[: len(stepped)]
+            scratch = self.gradient[: len(stepped)], self.residual[: len(stepped)]
+            left = self.left.rows(len(stepped))
             known = points[0].stepped, points[-1].stepped, self.took_accelerated
             for candidate, value, after in points:
-                into = tau, self.pattern, target, value, residual
+                into = tau, self.pattern, target, value, left
                 # The last iteration has accepted Z or V as S: `stepped` turns from u(S_prev) into u(S).
                 if self.accelerated and candidate is first:
-                    kept = propose_accelerated(stepped, *known, a, c, *into, scratch=(u_y, residual))
+                    kept = propose_accelerated(stepped, *known, a, c, *into, scratch=scratch)
                 elif self.accelerated:
-                    kept = propose(stepped, *into, scratch=residual)
+                    kept = propose(stepped, *into, scratch=scratch)
                 else:
-                    kept = propose_plain(stepped, *known, *into, scratch=residual)
+                    kept = propose_plain(stepped, *known, *into, scratch=scratch)
                 # Of N:M every candidate keeps as many entries, so that their number does not matter to the monitor.
                 candidate.nonzeros += 0 if kept is None else self._per_problem(kept)
-                candidate.loss += self.measure(value, after, target)  # its gradient step (rows, in) into `after`
+                # Its gradient step (rows, in) into `after`.
+                candidate.loss += self.measure(self.products.search, left, value, after, target)
                 self.slices.give_back(candidate.value, part, value)
                 self.slices.give_back(candidate.stepped, part, after)
             self.slices.give_back(self.stepped, part, stepped)
@@ -181,15 +188,21 @@ class HardThresholding:
         Returns:
             f(S) at the start and after each step, float64 scalars.
         """
-        courses, self.multiply = [], self.products.final
+        search, final = self.products
+        # The room for products of the search is there already.
+        exact = self.left if search is final else final.left(len(self.gradient))
+        courses = []
         for part in self.slices.parts:
             target, rows = self.slices.borrow(self.target, part), self.slices.borrow(value, part)
             kept, stepped = self.slices.borrow(keep, part), self.slices.borrow(self.stepped, part, read=False)
-            residual = torch.sub(rows, target, out=self.residual[: len(rows)])
-            losses = [self.measure(rows, stepped, target).sum()]
-            while len(losses) <= steps and not has_converged(losses, tolerance):
-                restrict(stepped, kept, target, rows, residual)
-                losses.append(self.measure(rows, stepped, target).sum())
+            scratch, before, losses = self.residual[: len(rows)], rows, []
+            while not losses or (len(losses) <= steps and not has_converged(losses, tolerance)):
+                is_rough = len(losses) + EXACT_STEPS <= steps
+                multiply, left = (search, self.left) if is_rough else (final, exact)
+                left = left.rows(len(rows))
+                restrict(before, kept, target, rows, left, scratch=scratch)
+                losses.append(self.measure(multiply, left, rows, stepped, target).sum())
+                before = stepped
             self.slices.give_back(value, part, rows)
             courses.append(losses)
         # Slices may have converged at different times: those that stopped early stay at their last loss.
@@ -217,30 +230,34 @@ def propose_accelerated(
     a: float,
     c: float,
     *into: Any,
-    scratch: tuple[Tensor, Tensor] | None,
+    scratch: tuple[Tensor, Tensor],
 ) -> Tensor | None:
     """Threshold u(Y), and turn `before` from u(S_prev) into u(S): S was the first or the last candidate.
 
-    The rest is as in `_threshold`; `scratch` is a buffer for u(Y) and one for that.
+    The rest is as in `_threshold`, whose scratch is the second; the first is for u(Y).
     """
-    u_y, kept = scratch or (None, None)
-    u_y = torch.mul(before, 1 - c, out=u_y)
+    u_y = torch.mul(before, 1 - c, out=scratch[0])
     torch.where(took_first, after_first, after_last, out=before)
-    return _threshold(add_scaled(u_y, before, c, out=u_y).lerp_(after_first, a), *into, kept=kept)
+    return _threshold(u_y.add_(before, alpha=c).lerp_(after_first, a), *into, scratch=scratch[1])
 
 
 @one_pass
 def propose_plain(
-    before: Tensor, after_first: Tensor, after_last: Tensor, took_first: Tensor, *into: Any, scratch: Tensor | None
+    before: Tensor,
+    after_first: Tensor,
+    after_last: Tensor,
+    took_first: Tensor,
+    *into: Any,
+    scratch: tuple[Tensor, Tensor],
 ) -> Tensor | None:
     """Turn `before` from u(S_prev) into u(S), and threshold it; the rest is as in `_threshold`."""
-    return _threshold(torch.where(took_first, after_first, after_last, out=before), *into, kept=scratch)
+    return _threshold(torch.where(took_first, after_first, after_last, out=before), *into, scratch=scratch[1])
 
 
 @one_pass
-def propose(stepped: Tensor, *into: Any, scratch: Tensor | None) -> Tensor | None:
+def propose(stepped: Tensor, *into: Any, scratch: tuple[Tensor, Tensor]) -> Tensor | None:
     """Threshold u(S); the rest is as in `_threshold`."""
-    return _threshold(stepped, *into, kept=scratch)
+    return _threshold(stepped, *into, scratch=scratch[1])
 
 
 def _threshold(
@@ -249,11 +266,11 @@ def _threshold(
     pattern: Pattern,
     target: Tensor,
     value: Tensor,
-    residual: Tensor,
+    left: Left,
     *,
-    kept: Tensor | None,
+    scratch: Tensor,
 ) -> Tensor | None:
-    """Write H_τ(`stepped`), or its N largest of every M, to `value`, and what it lacks of B to `residual`.
+    """Write H_τ(`stepped`), or its N largest of every M, to `value`, and fill `left` with what it lacks of B.
 
     Args:
         stepped: (rows, in).
@@ -261,59 +278,66 @@ def _threshold(
         pattern: For N:M.
         target: B (rows, in).
         value: (rows, in), overwritten.
-        residual: (rows, in), overwritten.
-        kept: Scratch (rows, in), which may be `residual`.
+        left: Filled with H_τ(`stepped`) − B.
+        scratch: (rows, in), which may be the matrix of `left`.
 
     Returns:
         How many entries of each row stay (rows,); None for N:M.
     """
     if tau is None:
-        assert kept is not None  # not fused: Inductor cannot compile it
-        keep_of_groups_(value, stepped, pattern.keep, pattern.group, kept)
+        keep_of_groups_(value, stepped, pattern.keep, pattern.group, scratch)
         numbers = None
     else:
-        numbers = hard_threshold_(value, stepped, tau, kept).sum(1, dtype=value.dtype)
-    torch.sub(value, target, out=residual)
+        numbers = hard_threshold_(value, stepped, tau, scratch).sum(1, dtype=value.dtype)
+    _lack(value, target, left, scratch)
     return numbers
+
+
+def _lack(value: Tensor, target: Tensor, left: Left, scratch: Tensor) -> None:
+    """Fill `left` with S − B (rows, in)."""
+    left.fill(torch.sub(value, target, out=left.matrix if left.exponents is None else scratch))
 
 
 @one_pass
 def descend(
     value: Tensor,
-    residual: Tensor,
+    target: Tensor,
+    left: Left,
+    exponent: int,
     product: Tensor,
-    factor: Tensor | None,
     step_size: float,
-    zeros: Tensor | None,
+    keep_zeros: bool,
     stepped: Tensor,
     *,
-    scratch: tuple[Tensor, Tensor] | None,
+    scratch: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Write u(S) = S − α∇f(S) to `stepped`, and return 2 f(S) by rows (rows,).
 
     Args:
         value: S (rows, in).
-        residual: S − B (rows, in).
-        product: That by A (rows, in), but for the factor.
-        factor: None or (rows, 1): see `Multiplier.unscaled`.
+        target: B (rows, in).
+        left: Has S − B.
+        exponent: Of A: see `Multiplier`.
+        product: S − B times A (rows, in), but for the `scale`.
         step_size: α.
-        zeros: A matrix (rows, in) where the entries are 0 that must stay 0; None where all are free.
+        keep_zeros: Entries that are 0 in B stay so.
         stepped: (rows, in), overwritten.
-        scratch: Buffers for the gradient, which may be `product`, and for its products with the residual, which may be
-            `residual`.
+        scratch: Two matrices (rows, in), which may be `product` and the matrix of `left`.
     """
-    gradient, loss = scratch or (None, None)
-    gradient = product if factor is None else torch.mul(product, factor, out=gradient)
-    add_scaled(value, gradient, -step_size, out=stepped)
-    if zeros is not None:
-        stepped.mul_(zeros != 0)
-    return torch.mul(residual, gradient, out=loss).sum(1)
+    gradient, residual = product, left.matrix
+    if left.exponents is not None:
+        gradient = torch.mul(product, scale(left, exponent), out=scratch[0])
+        residual = torch.sub(value, target, out=scratch[1])
+    torch.add(value, gradient, alpha=-step_size, out=stepped)
+    if keep_zeros:
+        stepped.mul_(target != 0)
+    return torch.mul(residual, gradient, out=scratch[1]).sum(1)
 
 
 @one_pass
 def restrict(
-    stepped: Tensor, keep: Tensor, target: Tensor, value: Tensor, residual: Tensor, *, scratch: None = None
+    stepped: Tensor, keep: Tensor, target: Tensor, value: Tensor, left: Left, *, scratch: Tensor
 ) -> None:
-    """Write `stepped` on the support to `value`, and what it lacks of B to `residual`; all are (rows, in)."""
+    """Write `stepped` on the support to `value`, and fill `left` with what it lacks of B; the others are (rows, in)."""
     torch.mul(stepped, keep, out=value)
-    torch.sub(value, target, out=residual)
+    _lack(value, target, left, scratch)

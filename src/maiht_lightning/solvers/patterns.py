@@ -163,6 +163,14 @@ def keep_largest(score: Tensor, keep: int, *tiebreaks: Tensor) -> Tensor:
         return reached
     # Of entries that are equal in all keys so far some are kept: (rows, n).
     kept, open_ = score > threshold, score == threshold
+    if len(score) == 1 and score.shape[1] >= SAMPLED_FROM:
+        places = open_[0].nonzero()[:, 0]
+        # In a layer of some million weights two are often equal, and seldom many.
+        if len(places) <= score.shape[1] // 64:
+            for key in reversed(tiebreaks):
+                places = places[key[0, places].argsort(descending=True, stable=True)]
+            kept[0, places[: keep - int(count(kept))]] = True
+            return kept
     for key in tiebreaks:
         closed = torch.where(open_, key, -torch.inf)
         threshold = kth_largest(closed, keep - count(kept))
@@ -240,20 +248,20 @@ def _kth_largest_by_sample(score: Tensor, k: int) -> Tensor | None:
     first, last = int(place - spread), int(place + spread)
     high = sample[first] if first >= 0 else sample.new_tensor(inf)
     low = sample[last] if last < len(sample) else sample.new_tensor(-inf)
-    between, inside, above = _between(score, low, high)
-    inside, above = int(inside), int(above)
+    within, *numbers = between(score[None], low.view(1, 1), high.view(1, 1))
+    inside, above = torch.cat(numbers).flatten().tolist()
     if not above < k <= above + inside:
         return None
     if bool(low == high):
         return low
-    return score[between].sort(descending=True).values[k - above - 1] if inside <= n // 2 else None
+    return score[within[0]].sort(descending=True).values[k - above - 1] if inside <= n // 2 else None
 
 
 @one_pass
-def _between(score: Tensor, low: Tensor, high: Tensor, *, scratch: None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Which entries (n,) lie within bounds, a mask (n,); how many do, and how many lie above, int64 (1, 1)."""
-    between = (score >= low).logical_and_(score <= high)
-    return between, count(between[None]), count((score > high)[None])
+def between(score: Tensor, low: Tensor, high: Tensor, *, scratch: None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries (rows, n) lie within bounds (rows, 1); how many do, and how many lie above, int64 (rows, 1)."""
+    within = (score >= low).logical_and_(score <= high)
+    return within, count(within), count(score > high)
 
 
 @one_pass

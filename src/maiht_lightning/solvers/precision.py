@@ -77,6 +77,41 @@ def bytes_per_entry(precision: Precision) -> int:
     return 6 if final_form(precision) == "fp16x3" else 8 if precision == "float64" else 4
 
 
+class Left(NamedTuple):
+    """Room for a matrix R (rows, in) as a `Multiplier` takes it.
+
+    Args:
+        matrix: R as it is; or fp16, R_h (rows, in) or [R_h | R_h | −R_l] (rows, 3 in) of R · 2^exponents.
+        exponents: (rows, 1), int32: every row has a power of two of its own, so that small ones are as accurate as
+            large ones. None where R is as it is.
+        parts: 0 as it is, or the number of fp16 matrices beside each other.
+    """
+
+    matrix: Tensor
+    exponents: Tensor | None
+    parts: int
+
+    def rows(self, number: int) -> "Left":
+        """The first so many rows."""
+        exponents = None if self.exponents is None else self.exponents[:number]
+        return Left(self.matrix[:number], exponents, self.parts)
+
+    def fill(self, values: Tensor) -> None:
+        """Take a matrix (rows, in), which may be `matrix` itself where that has it as it is."""
+        if self.exponents is None:
+            if values is not self.matrix:
+                self.matrix.copy_(values)
+            return
+        largest = torch.linalg.vector_norm(values, inf, dim=1, keepdim=True)
+        self.exponents.copy_((TOP - torch.frexp(largest).exponent).clamp_max_(LIMIT))
+        scale = _power_of_two(self.exponents)
+        high, *low = self.matrix.view(len(values), self.parts, -1).split(2, dim=1)
+        torch.mul(values.unsqueeze(1).expand_as(high), scale.unsqueeze(1), out=high)
+        if low:
+            # R_h − R is computed in float32, where it is exact, and rounded to fp16.
+            torch.addcmul(high.select(1, 0), values, scale, value=-1, out=low[0].squeeze(1))
+
+
 class Multiplier:
     """Multiplies matrices (rows, in) from the right by one matrix (in, in), of which it keeps what the form needs.
 
@@ -89,15 +124,16 @@ class Multiplier:
 
     Attributes:
         device: Where the matrix is.
+        exponent: Of the power of two by which it was multiplied.
     """
 
     def __init__(self, matrix: Tensor, form: Form = "plain") -> None:
         self.form, self.device = form, matrix.device
-        self._columns, self._exponent, self._right = matrix.shape[1], 0, matrix
+        self._columns, self.exponent, self._right = matrix.shape[1], 0, matrix
         if form == "plain":
             return
-        self._exponent = min(LIMIT, TOP - int(torch.frexp(matrix.abs().max()).exponent))
-        scaled = matrix * 2.0**self._exponent
+        self.exponent = min(LIMIT, TOP - int(torch.frexp(matrix.abs().max()).exponent))
+        scaled = matrix * 2.0**self.exponent
         high = scaled.half()
         if form == "fp16x3":
             low = scaled.sub_(high).half()
@@ -120,35 +156,43 @@ class Multiplier:
             other._right = other._right.float()
         return other
 
-    def __call__(self, left: Tensor, out: Tensor | None = None) -> Tensor:
-        """The product of a matrix (rows, in) with the matrix (in, in); `out` (rows, in) is overwritten."""
-        product, factor = self.unscaled(left, out)
-        return product if factor is None else product.mul_(factor)
-
-    def unscaled(self, left: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The same, (rows, in), but for a factor (rows, 1) by which its rows are still to be multiplied, or None."""
+    def left(self, rows: int) -> Left:
+        """Room for a matrix (rows, in) to be multiplied."""
         if self.form == "plain":
-            return torch.mm(left, self._right, out=out), None
-        # Every row (in,) has a power of two of its own, so that small ones are as accurate as large ones.
-        largest = torch.linalg.vector_norm(left, inf, dim=1, keepdim=True)
-        exponent = (TOP - torch.frexp(largest).exponent).clamp_max_(LIMIT)
-        halves = self._halves(left, _power_of_two(exponent))
-        if halves.is_cuda:
-            product = torch.mm(halves, self._right, out_dtype=torch.float32, **({} if out is None else {"out": out}))
-        else:
-            product = torch.mm(halves.float(), self._right, out=out)
-        return product, _power_of_two((-self._exponent - exponent).clamp_max_(127))
-
-    def _halves(self, left: Tensor, scale: Tensor) -> Tensor:
-        """[R_h | R_h | −R_l] (rows, 3 in) for R = left · scale (rows, in), or R_h alone (rows, in); fp16."""
+            return Left(self._right.new_empty(rows, self._columns), None, 0)
         parts = 3 if self.form == "fp16x3" else 1
-        halves = torch.empty(len(left), parts, left.shape[1], dtype=torch.float16, device=left.device)
-        high, *low = halves.split(2, dim=1)
-        torch.mul(left.unsqueeze(1).expand_as(high), scale.unsqueeze(1), out=high)
-        if low:
-            # R_h − R is computed in float32, where it is exact, and rounded to fp16.
-            torch.addcmul(high.select(1, 0), left, scale, value=-1, out=low[0].squeeze(1))
-        return halves.flatten(1)
+        matrix = torch.empty(rows, parts * self._columns, dtype=torch.float16, device=self.device)
+        return Left(matrix, torch.zeros(rows, 1, dtype=torch.int32, device=self.device), parts)
+
+    def left_for(self, values: Tensor) -> Left:
+        """The same for a matrix (rows, in) that is multiplied each time it has changed: itself, if it can be as it is."""
+        return Left(values, None, 0) if self.form == "plain" else self.left(len(values))
+
+    def product(self, left: Left, out: Tensor | None = None) -> Tensor:
+        """What was put in that room times the matrix: (rows, in), but for the `scale` of its rows."""
+        if self.form == "plain":
+            return torch.mm(left.matrix, self._right, out=out)
+        if left.matrix.is_cuda:
+            return torch.mm(left.matrix, self._right, out_dtype=torch.float32, **({} if out is None else {"out": out}))
+        return torch.mm(left.matrix.float(), self._right, out=out)
+
+    def __call__(self, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """The product of a matrix (rows, in) with the matrix (in, in); `out` (rows, in) is overwritten."""
+        if self.form == "plain":
+            return torch.mm(values, self._right, out=out)
+        left = self.left(len(values))
+        left.fill(values)
+        return self.product(left, out).mul_(scale(left, self.exponent))
+
+
+def scale(left: Left, exponent: int) -> Tensor | float:
+    """By what the rows of a product (rows, in) are still to be multiplied, (rows, 1), or 1.
+
+    Args:
+        left: One factor.
+        exponent: The other one's, a `Multiplier`'s.
+    """
+    return 1.0 if left.exponents is None else _power_of_two((-exponent - left.exponents).clamp_max_(127))
 
 
 class Products(NamedTuple):

@@ -81,9 +81,12 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
     breakdown = torch.finfo(matrix.dtype).eps * (matrix @ basis[0]).norm()
     for k in range(steps):
         vector = matrix @ basis[k]
-        diagonal[k] = vector @ basis[k]
-        for _ in range(2):  # once is too little when the start is already close to an eigenvector
-            vector = vector - basis[: k + 1].T @ (basis[: k + 1] @ vector)
+        # Rows of the basis that are still to come are 0. What a GPU takes here is the launch of each kernel.
+        along = basis @ vector
+        diagonal[k] = along[k]
+        vector = torch.addmv(vector, basis.T, along, alpha=-1)
+        # Once is too little when the start is already close to an eigenvector.
+        vector = torch.addmv(vector, basis.T, basis @ vector, alpha=-1)
         norm = vector.norm()
         # After an invariant subspace is found (few distinct eigenvalues), what is left in `vector` (n,) is rounding.
         # Zero vectors from there on add nothing but zero eigenvalues.

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from .config import MAIHTConfig, resolve_config
-from .fusing import WORTHWHILE
-from .methods import IN_SLICES, check_method
+from .methods import check_method
 from .patterns import DEFAULT_SPARSITY, Pattern, parse_pattern
 from .slices import rows_within
 
@@ -80,12 +79,6 @@ class PruningSpec:
             ValueError: The device cannot compute in this precision.
         """
         return replace(self, config=self.config.on(device))
-
-    def fuses(self, weights: int, device: torch.device | str) -> bool:
-        """Whether it pays to compile the solver's passes over memory, for so many weights that one process prunes."""
-        # Other methods have few passes. Inductor cannot compile those that keep N of M.
-        can = self.method in IN_SLICES and not self.pattern.group and torch.device(device).type == "cuda"
-        return can and weights * (self.config.iterations + self.config.refine_iterations) >= WORTHWHILE
 
     def identity(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """What decides the result on a device, ready for JSON: two prunings of one model that share it are alike."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from .config import MAIHTConfig
 from .fusing import one_pass
 from .patterns import Pattern
-from .precision import Multiplier, final_form, search_form
+from .precision import Left, Multiplier, final_form, scale, search_form
 from .problem import ScaledGram, largest_eigenvalue, scale_weight, shifted_cholesky, unscale_weight
 from .solution import Solution
 
@@ -137,20 +137,24 @@ class Splitting:
         """Take so many preconditioned steps from the dense weight; returns the last Z (out, in) and its mask."""
         inverses, penalties = self.prepared.inverses, self.prepared.penalties
         current, dual = torch.zeros_like(self.target), torch.zeros_like(self.target)  # S − B and U (out, in)
-        # |S + U|, and then what the next S − B is a product of (out, in).
-        other, factor = torch.empty_like(current), None
-        before = penalties[0] if penalties else 1.0
+        if not steps:
+            inverses, penalties = [self.multiply], [1.0]
+        # What S − B is a product of, and |S + U| (out, in): where the one is float32, there is no need of both at once.
+        left, exponent = inverses[0].left(len(current)), 0
+        score = left.matrix if left.exponents is None else torch.empty_like(current)
+        before = penalties[0]
         for step in range(steps):
             level = step * len(penalties) // steps
             if (penalty := penalties[level]) != before:
                 # U is the multiplier divided by ρ: the multiplier stays what it was.
                 dual.mul_(before / penalty)
                 before = penalty
-            propose(current, factor, self.target, dual, self.free, other)
-            separate(current, self._mask(other), penalty, self.target, dual, other)
-            current, factor = inverses[level].unscaled(other, out=current)
-        propose(current, factor, self.target, dual, self.free, other)
-        mask = self._mask(other)
+            combine(current, left, exponent, self.target, dual, self.free, score)
+            separate(current, self._mask(score), penalty, self.target, dual, left, scratch=score)
+            inverses[level].product(left, out=current)
+            exponent = inverses[level].exponent
+        combine(current, left, exponent, self.target, dual, self.free, score)
+        mask = self._mask(score)
         return current.mul_(mask), mask
 
     def _mask(self, score: Tensor) -> Tensor:
@@ -176,15 +180,17 @@ class Splitting:
         losses, loss = [], point.loss
         # About ε λmax, the error of a curvature for directions of unit length.
         rounding = torch.finfo(value.dtype).eps / self.prepared.step_size
+        left, image = self.multiply.left_for(direction), torch.empty_like(value)  # (out, in)
+        left.fill(direction)
         for _ in range(steps):
-            image, factor = self.multiply.unscaled(direction)  # (out, in)
-            curvature, norms = curve(image, factor, kept, direction)
+            self.multiply.product(left, out=image)
+            curvature, norms = curve(image, left, self.multiply.exponent, kept, direction)
             # Below rounding the curvature is none: where A is singular a step along it would have any length.
             length = torch.where(curvature > rounding * norms, square / curvature, 0)  # (out, 1)
             after = move(value, residual, direction, image, length)
             loss = loss - (length * square).sum(dtype=torch.float64) / 2
             losses.append(loss)
-            turn(direction, residual, torch.where(square > 0, after / square, 0))
+            turn(direction, residual, torch.where(square > 0, after / square, 0), left)
             square = after
         return value, losses
 
@@ -204,9 +210,6 @@ class Splitting:
 
 def _row_products(one: Tensor, other: Tensor) -> Tensor:
     """Inner products of the rows of two matrices (out, in): (out, 1)."""
-    # In a function that is compiled no product may stand, which the other one is for torch.
-    if torch.compiler.is_compiling():
-        return (one * other).sum(1, keepdim=True)
     return torch.linalg.vecdot(one, other)[:, None]
 
 
@@ -214,9 +217,10 @@ def _row_products(one: Tensor, other: Tensor) -> Tensor:
 
 
 @one_pass
-def propose(
+def combine(
     current: Tensor,
-    factor: Tensor | None,
+    left: Left,
+    exponent: int,
     target: Tensor,
     dual: Tensor,
     free: Tensor | None,
@@ -224,12 +228,12 @@ def propose(
     *,
     scratch: None = None,
 ) -> None:
-    """Turn S − B, which is `current` times the factor (out, 1), into S + U, and write its entries' size to `score`.
+    """Turn S − B, which is `current` times the `scale`, into S + U, and write its entries' size to `score`.
 
     That is 0 where `free` is 0.
     """
-    if factor is not None:
-        current.mul_(factor)
+    if left.exponents is not None:
+        current.mul_(scale(left, exponent))
     torch.abs(current.add_(target).add_(dual), out=score)
     if free is not None:
         score.mul_(free)
@@ -237,25 +241,28 @@ def propose(
 
 @one_pass
 def separate(
-    proposal: Tensor, mask: Tensor, penalty: float, target: Tensor, dual: Tensor, right: Tensor, *, scratch: None = None
+    proposal: Tensor, mask: Tensor, penalty: float, target: Tensor, dual: Tensor, left: Left, *, scratch: Tensor
 ) -> None:
-    """From S + U and the entries kept, of which Z is made, write U = S + U − Z, and ρ (Z − U − B) to `right`."""
-    torch.mul(proposal, mask, out=right)
+    """From S + U and the entries kept, of which Z is made, write U = S + U − Z, and fill `left` with ρ (Z − U − B).
+
+    `scratch` (out, in) may be the matrix of `left`.
+    """
+    right = torch.mul(proposal, mask, out=left.matrix if left.exponents is None else scratch)
     torch.sub(proposal, right, out=dual)
-    right.sub_(dual).sub_(target).mul_(penalty)
+    left.fill(right.sub_(dual).sub_(target).mul_(penalty))
 
 
 @one_pass
 def curve(
-    product: Tensor, factor: Tensor | None, kept: Tensor, direction: Tensor, *, scratch: None = None
+    product: Tensor, left: Left, exponent: int, kept: Tensor, direction: Tensor, *, scratch: None = None
 ) -> tuple[Tensor, Tensor]:
-    """Turn the product of directions with A, given but for the factor (out, 1), into its entries on the support.
+    """Turn the product of directions, in `left`, with A, given but for the `scale`, into its entries on the support.
 
     Returns:
         Curvatures along the directions (out, 1), and the directions' squared norms (out, 1).
     """
-    if factor is not None:
-        product.mul_(factor)
+    if left.exponents is not None:
+        product.mul_(scale(left, exponent))
     product.mul_(kept)
     return _row_products(direction, product), _row_products(direction, direction)
 
@@ -271,9 +278,9 @@ def move(
 
 
 @one_pass
-def turn(direction: Tensor, residual: Tensor, ratio: Tensor, *, scratch: None = None) -> None:
-    """Make the next directions: the residual and so much (out, 1) of the last ones."""
-    direction.mul_(ratio).add_(residual)
+def turn(direction: Tensor, residual: Tensor, ratio: Tensor, left: Left, *, scratch: None = None) -> None:
+    """Make the next directions, the residual and so much (out, 1) of the last ones, and fill `left` with them."""
+    left.fill(direction.mul_(ratio).add_(residual))
 
 
 def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern, config: MAIHTConfig) -> Solution:
