@@ -181,12 +181,35 @@ def test_kth_largest_of_a_long_row_is_found_from_a_sample(kind, dtype):
 def test_a_sample_saves_the_bisection(monkeypatch):
     """For most rows; where it has misled, bisection finds the entry all the same."""
     rows = long_rows()
-    assert all(_kth_largest_by_sample(rows[kind], 10_000) is not None for kind in ("normal", "few values", "one value"))
+    good = ("normal", "few values", "one value", "half of them zeros")
+    assert all(_kth_largest_by_sample(rows[kind], 10_000) is not None for kind in good)
+    # The smallest of the entries that are not zero, and one of the zeros.
+    assert all(_kth_largest_by_sample(rows["half of them zeros"], k) is not None for k in (9_950, 15_000))
     assert _kth_largest_by_sample(rows["the sample misses it"], 10_000) is None
     passes = []
     monkeypatch.setattr(patterns, "count", lambda mask: passes.append(mask.shape) or mask.sum(1, keepdim=True))
     kth_largest(rows["normal"][None], torch.tensor([[10_000]]))
     assert len(passes) == 2
+
+
+def test_few_ties_are_settled_without_a_bisection(monkeypatch):
+    """In a large layer some entries are always equal; which of them stay is what the keys say, then the position."""
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randperm(20_000, generator=generator).float()
+    order = score.argsort(descending=True)
+    tied = order[9_990:10_020]
+    score[tied] = score[tied[0]].item()
+    first, second = torch.zeros(20_000), torch.zeros(20_000)
+    first[tied[::3]], second[tied[::2]] = 1.0, 2.0
+    expected = keep_largest(score[None], 10_000, first[None], second[None])[0]
+    assert int(expected.sum()) == 10_000
+    by_hand = sorted(tied.tolist(), key=lambda place: (-first[place], -second[place], place))
+    assert sorted(by_hand[:10]) == sorted(set(expected.nonzero()[:, 0].tolist()) & set(tied.tolist()))
+    monkeypatch.setattr(patterns, "count", lambda mask: mask.sum(1, keepdim=True))
+    monkeypatch.setattr(patterns, "kth_largest", lambda score, k, find=kth_largest: asked.append(k) or find(score, k))
+    asked = []
+    assert torch.equal(keep_largest(score[None], 10_000, first[None], second[None])[0], expected)
+    assert len(asked) == 1
 
 
 def test_counts_beyond_float32_are_exact():

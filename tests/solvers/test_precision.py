@@ -79,7 +79,7 @@ def test_on_a_gpu_halves_are_multiplied_with_sums_in_float32(form, given):
     multiply = Multiplier(factors()[1], form)
     with FakeTensorMode():
         halves = torch.empty(multiply._right.shape, dtype=torch.float16, device="cuda")
-        multiply._right, left = halves, torch.empty(24, 80, device="cuda")
+        multiply._right, multiply.device, left = halves, torch.device("cuda"), torch.empty(24, 80, device="cuda")
         out = torch.empty_like(left)
         product = multiply(left, out=out) if given else multiply(left)
     assert (product.shape, product.dtype, product.device.type) == (left.shape, torch.float32, "cuda")
@@ -154,17 +154,23 @@ def test_weights_that_were_fitted_to_dense_outputs(config):
 def forms(monkeypatch):
     """The form and dtype of every product that a solver makes."""
     seen = []
-    original = Multiplier.unscaled
+    product, whole = Multiplier.product, Multiplier.__call__
 
     def watch(self, left, out=None):
-        seen.append((self.form, left.dtype))
-        return original(self, left, out)
+        seen.append((self.form, left.matrix.dtype))
+        return product(self, left, out)
 
-    monkeypatch.setattr(Multiplier, "unscaled", watch)
+    def watch_whole(self, values, out=None):
+        if self.form == "plain":  # of others it makes halves first
+            seen.append((self.form, values.dtype))
+        return whole(self, values, out)
+
+    monkeypatch.setattr(Multiplier, "product", watch)
+    monkeypatch.setattr(Multiplier, "__call__", watch_whole)
     return seen
 
 
-ONE, THREE = ("fp16", torch.float32), ("fp16x3", torch.float32)
+ONE, THREE = ("fp16", torch.float16), ("fp16x3", torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from .solver import count_solver
 from .tasks import TASKS
 
 # Seconds in which Triton makes the solver's kernels, once.
-COMPILING = 5.0
+COMPILING = 3.0
 # Bytes per weight of an optimizer's state, by the weight's own bytes. In 8 bits each of two moments has a byte, and a
 # float32 scale per 256 of them.
 OPTIMIZERS = {"adamw": lambda itemsize: 2 * itemsize, "adamw_8bit": lambda itemsize: 2 + 8 / 256}

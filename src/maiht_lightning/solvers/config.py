@@ -35,7 +35,8 @@ class MAIHTConfig:
         precision: Floating-point format in which the layer's problem is solved. `float64`, `float32`; or float32
             with other products with the Gram matrix. `fp16x3`: three of half precision, as accurate as one of float32
             and on GPUs several times as fast. `mixed`: one of half precision, with the power of two that each row
-            needs, while a support is sought, and `fp16x3` for the weights on it and the errors reported. `tf32`:
+            needs, while a support is sought, and `fp16x3` where the weights on it become final and for the errors
+            reported. `tf32`:
             inputs rounded to TF32 on CUDA devices that have it (Ampere and later), and float32 elsewhere. `auto`:
             `mixed` on CUDA devices, `float32` elsewhere. On a CPU the half-precision ones are emulated, to the same
             accuracy and slower.

@@ -17,8 +17,8 @@ from .solution import padded
 
 # Where a tolerance is set, so many iterations lie between two looks at whether the objective has converged.
 CHECK_EVERY = 5
-# So many of the refining steps, the last ones, take the products for final weights. What those before them were off by,
-# in single rounded products, these make good.
+# So many products of the refining, the last ones, are those for final weights: what the rounded ones before them were
+# off by, these make good. Where a tolerance may end it at any time, all are.
 EXACT_STEPS = 10
 
 
@@ -105,7 +105,7 @@ class HardThresholding:
         return left.matrix if left.exponents is None else torch.empty_like(self.gradient)
 
     def measure(self, multiply: Multiplier, left: Left, value: Tensor, stepped: Tensor, target: Tensor) -> Tensor:
-        """The loss of a point, whose residual is in `left`, and its gradient step into `stepped`: one product with A."""
+        """The loss of a point, whose residual is in `left`, and its gradient step to `stepped`: one product with A."""
         gradient, residual = self.gradient[: len(value)], self.residual[: len(value)]
         multiply.product(left, out=gradient)
         settings = multiply.exponent, gradient, self.step_size, self.keep_zeros
@@ -177,7 +177,7 @@ class HardThresholding:
         return value, self.stepped
 
     def refine(self, value: Tensor, keep: Tensor, steps: int, tolerance: float = 0.0) -> list[Tensor]:
-        """Take gradient steps on a support, in place, with the products for final weights.
+        """Take gradient steps on a support, in place; the last products are those for final weights.
 
         Args:
             value: S (out, in).
@@ -195,9 +195,10 @@ class HardThresholding:
         for part in self.slices.parts:
             target, rows = self.slices.borrow(self.target, part), self.slices.borrow(value, part)
             kept, stepped = self.slices.borrow(keep, part), self.slices.borrow(self.stepped, part, read=False)
-            scratch, before, losses = self.residual[: len(rows)], rows, []
+            scratch, before = self.residual[: len(rows)], rows
+            losses: list[Tensor] = []
             while not losses or (len(losses) <= steps and not has_converged(losses, tolerance)):
-                is_rough = len(losses) + EXACT_STEPS <= steps
+                is_rough = not tolerance and len(losses) + EXACT_STEPS <= steps
                 multiply, left = (search, self.left) if is_rough else (final, exact)
                 left = left.rows(len(rows))
                 restrict(before, kept, target, rows, left, scratch=scratch)
@@ -335,9 +336,7 @@ def descend(
 
 
 @one_pass
-def restrict(
-    stepped: Tensor, keep: Tensor, target: Tensor, value: Tensor, left: Left, *, scratch: Tensor
-) -> None:
+def restrict(stepped: Tensor, keep: Tensor, target: Tensor, value: Tensor, left: Left, *, scratch: Tensor) -> None:
     """Write `stepped` on the support to `value`, and fill `left` with what it lacks of B; the others are (rows, in)."""
     torch.mul(stepped, keep, out=value)
     _lack(value, target, left, scratch)

@@ -1,8 +1,8 @@
 """Triton kernels of the passes over memory, each named as the pass that it does: see `fusing`.
 
-One program has one row (in,) of a layer's matrices in its registers: it reads and writes each matrix once, and knows the
-row's largest entry before it rounds it to half precision. What decides between passes is a compile-time constant; numbers
-and sizes are arguments, so that a kernel is compiled once for all layers of about one width.
+One program has one row (in,) of a layer's matrices in its registers: it reads and writes each matrix once, and knows
+the row's largest entry before it rounds it to half precision. What decides between passes is a compile-time constant;
+numbers and sizes are arguments, so that a kernel is compiled once for all layers of about one width.
 
 A `Left` is filled as `Left.fill` does. Half-precision numbers are rounded to nearest here as there.
 """
@@ -31,7 +31,9 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _fill(row, cols, inside, values, matrix, exponents, columns, PARTS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr):
+def _fill(
+    row, cols, inside, values, matrix, exponents, columns, PARTS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr
+):
     """Write a row (WHOLE,) as a `Left` has it: PARTS 0 as it is, 1 its high part, 3 [high | high | −low]."""
     if PARTS == 0:
         tl.store(matrix + row * columns + cols, values, mask=inside)
@@ -57,7 +59,8 @@ def _factor(row, exponents, base):
 
 @triton.jit(do_not_specialize=["took_stride", "tau_stride"])
 def _threshold(
-    before, first, last, took, took_stride, a, c, tau, tau_stride, keep, target, value, matrix, exponents, counts, columns,
+    before, first, last, took, took_stride, a, c, tau, tau_stride, keep, target, value, matrix, exponents, counts,
+    columns,
     ACCELERATED: tl.constexpr, CHOOSE: tl.constexpr, SUPPORT: tl.constexpr,
     PARTS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -195,17 +198,19 @@ def _turn(
 
 @triton.jit(do_not_specialize=["columns", "blocks"])
 def _compare(score, low, high, mask, within, above, columns, blocks, BOUNDED: tl.constexpr, WHOLE: tl.constexpr):
-    """Which entries reach a row's lower bound, and if BOUNDED do not exceed the upper one; counts by block."""
+    """Which entries reach the bound `low`, or if BOUNDED exceed it and do not exceed `high`; counts by block."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * WHOLE + tl.arange(0, WHOLE)
     inside = cols < columns
     at = row * columns + cols
     entries = tl.load(score + at, mask=inside, other=0.0)
-    found = inside & (entries >= tl.load(low + row))
+    bottom = tl.load(low + row)
     if BOUNDED:
-        top = tl.load(high + row)
-        tl.store(above + row * blocks + tl.program_id(1), tl.sum((inside & (entries > top)).to(tl.int32)))
-        found = found & (entries <= top)
+        over = inside & (entries > tl.load(high + row))
+        found = inside & (entries > bottom) & (over == 0)
+        tl.store(above + row * blocks + tl.program_id(1), tl.sum(over.to(tl.int32)))
+    else:
+        found = inside & (entries >= bottom)
     tl.store(mask + at, found, mask=inside)
     tl.store(within + row * blocks + tl.program_id(1), tl.sum(found.to(tl.int32)))
 
@@ -228,19 +233,17 @@ def _of_rows(launch: Callable[..., Any]) -> Callable[..., Any]:
 def propose_accelerated(
     before: Tensor, after_first: Tensor, after_last: Tensor, took_first: Tensor, a: float, c: float, *into: Any
 ) -> Any:
-    chosen = {"ACCELERATED": True, "CHOOSE": True}
-    return _thresholded(before, after_first, after_last, took_first, a, c, *into, **chosen)
+    return _thresholded(before, after_first, after_last, took_first, a, c, *into)
 
 
 @_of_rows
 def propose_plain(before: Tensor, after_first: Tensor, after_last: Tensor, took_first: Tensor, *into: Any) -> Any:
-    chosen = {"ACCELERATED": False, "CHOOSE": True}
-    return _thresholded(before, after_first, after_last, took_first, 0.0, 0.0, *into, **chosen)
+    return _thresholded(before, after_first, after_last, took_first, 0.0, 0.0, *into, accelerated=False)
 
 
 @_of_rows
 def propose(stepped: Tensor, *into: Any) -> Any:
-    return _thresholded(stepped, stepped, stepped, stepped, 0.0, 0.0, *into, ACCELERATED=False, CHOOSE=False)
+    return _thresholded(stepped, stepped, stepped, stepped, 0.0, 0.0, *into, accelerated=False, choose=False)
 
 
 def _thresholded(
@@ -255,7 +258,9 @@ def _thresholded(
     target: Tensor,
     value: Tensor,
     left: Left,
-    **constants: bool,
+    *,
+    accelerated: bool = True,
+    choose: bool = True,
 ) -> Any:
     if tau is None:
         return NotImplemented
@@ -263,7 +268,7 @@ def _thresholded(
     _threshold[len(value),](
         before, first, last, took, int(len(took) > 1), a, c, tau, int(len(tau) > 1), value, target, value,
         *_filled(left), counts, value.shape[1],
-        **constants, SUPPORT=False, **_rounding(left), **_by_row(value),
+        ACCELERATED=accelerated, CHOOSE=choose, SUPPORT=False, **_rounding(left), **_by_row(value),
     )  # fmt: skip
     return counts
 

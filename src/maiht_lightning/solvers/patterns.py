@@ -250,17 +250,19 @@ def _kth_largest_by_sample(score: Tensor, k: int) -> Tensor | None:
     low = sample[last] if last < len(sample) else sample.new_tensor(-inf)
     within, *numbers = between(score[None], low.view(1, 1), high.view(1, 1))
     inside, above = torch.cat(numbers).flatten().tolist()
-    if not above < k <= above + inside:
-        return None
-    if bool(low == high):
-        return low
-    return score[within[0]].sort(descending=True).values[k - above - 1] if inside <= n // 2 else None
+    if above < k <= above + inside:
+        return score[within[0]].sort(descending=True).values[k - above - 1] if inside <= n // 2 else None
+    # The lower bound may be many entries' value: the zeros' of a sparse matrix.
+    return low if above < k <= above + inside + int((score == low).sum()) else None
 
 
 @one_pass
 def between(score: Tensor, low: Tensor, high: Tensor, *, scratch: None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Which entries (rows, n) lie within bounds (rows, 1); how many do, and how many lie above, int64 (rows, 1)."""
-    within = (score >= low).logical_and_(score <= high)
+    """Which entries (rows, n) are above a bound (rows, 1) and at most another; how many, and how many exceed that one.
+
+    The numbers are int64 (rows, 1).
+    """
+    within = (score > low).logical_and_(score <= high)
     return within, count(within), count(score > high)
 
 

@@ -103,7 +103,7 @@ class Left(NamedTuple):
                 self.matrix.copy_(values)
             return
         largest = torch.linalg.vector_norm(values, inf, dim=1, keepdim=True)
-        self.exponents.copy_((TOP - torch.frexp(largest).exponent).clamp_max_(LIMIT))
+        torch.clamp_max(TOP - torch.frexp(largest).exponent, LIMIT, out=self.exponents)
         scale = _power_of_two(self.exponents)
         high, *low = self.matrix.view(len(values), self.parts, -1).split(2, dim=1)
         torch.mul(values.unsqueeze(1).expand_as(high), scale.unsqueeze(1), out=high)
@@ -165,7 +165,7 @@ class Multiplier:
         return Left(matrix, torch.zeros(rows, 1, dtype=torch.int32, device=self.device), parts)
 
     def left_for(self, values: Tensor) -> Left:
-        """The same for a matrix (rows, in) that is multiplied each time it has changed: itself, if it can be as it is."""
+        """The same for a matrix (rows, in) that is multiplied each time it has changed: itself where that will do."""
         return Left(values, None, 0) if self.form == "plain" else self.left(len(values))
 
     def product(self, left: Left, out: Tensor | None = None) -> Tensor:
