@@ -129,7 +129,7 @@ def test_keep_largest_is_a_stable_sort_by_all_keys(sorted_below, seed, rows, col
 @settings(max_examples=60, deadline=None)
 @given(score=SCORES, data=st.data(), dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]))
 def test_kth_largest(sorted_below, score, data, dtype):
-    score = (score * 10.0 ** data.draw(st.integers(-4, 4))).to(dtype)
+    score = (score * 10.0 ** data.draw(st.integers(-4, 4))).clamp(-6e4, 6e4).to(dtype)
     rows, columns = score.shape
     k = torch.tensor(data.draw(st.lists(st.integers(1, columns), min_size=rows, max_size=rows)))[:, None]
     expected = torch.tensor([[sorted(row)[-int(place)]] for row, place in zip(score.tolist(), k, strict=True)])
