@@ -179,6 +179,10 @@ ONE, THREE = ("fp16", torch.float16), ("fp16x3", torch.float16)
         # Two for the error in each; one more where the refining begins.
         ("maiht", MAIHTConfig(iterations=5, refine_iterations=4), 10, 1 + 4 + 2),
         ("aiht", MAIHTConfig(iterations=5, refine_iterations=4), 5, 1 + 4 + 2),
+        # Of the refining, too, all but the last ten are like those of the search.
+        ("maiht", MAIHTConfig(iterations=5, refine_iterations=14), 10 + 5, 10 + 2),
+        # With a tolerance it may end at any time.
+        ("maiht", MAIHTConfig(iterations=5, refine_iterations=14, tolerance=1e-12), 10, 15 + 2),
         # The first point, two pairs of candidates with six each.
         ("maiht", MAIHTConfig(iterations=9, refine_iterations=4, candidates="preconditioned"), 9, 1 + 12 + 4 + 2),
         # It does not seek a support first and weights then: all of its products are those of final weights.
@@ -186,7 +190,7 @@ ONE, THREE = ("fp16", torch.float16), ("fp16x3", torch.float16)
         ("sparsegpt", MAIHTConfig(), 0, 2),
         ("wanda", MAIHTConfig(), 0, 2),
     ],
-    ids=["maiht", "aiht", "preconditioned", "admm", "sparsegpt", "wanda"],
+    ids=["maiht", "aiht", "refining", "tolerance", "preconditioned", "admm", "sparsegpt", "wanda"],
 )
 def test_products_are_in_the_precision_asked_for(forms, method, config, search, final):
     weight, gram = (tensor.float() for tensor in make_problem(1, 16, 24))
