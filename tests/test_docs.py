@@ -711,9 +711,10 @@ LABELS = {
     "mAIHT, paper": "maiht:paper",
     "mAIHT, balanced": "maiht:balanced",
     "mAIHT, best": "maiht:best",
-    "mAIHT, balanced, allocation uniform": "maiht:balanced,allocation=uniform",
     "mAIHT, best, allocation depth": "maiht:best,allocation=depth",
-    "mAIHT, balanced, reconstruction_epochs 1": "maiht:balanced,reconstruction_epochs=1",
+    "mAIHT, best, reconstruction_epochs 0": "maiht:best,reconstruction_epochs=0",
+    "mAIHT, best, reconstruction_epochs 0, allocation depth": "maiht:best,reconstruction_epochs=0,allocation=depth",
+    "mAIHT, best, reconstruction_epochs 1, allocation depth": "maiht:best,reconstruction_epochs=1,allocation=depth",
 }
 PUBLISHED = ["magnitude", "wanda", "sparsegpt", "admm", "maiht:paper"]
 
@@ -777,12 +778,17 @@ def test_what_the_page_says_of_the_methods_follows_from_the_results():
         assert values == sorted(values)
         if (setting, "maiht:paper") in error:
             assert error[setting, "admm"] < error[setting, "maiht:paper"]
-    balanced, uniform = (perplexity["0.5", f"maiht:balanced{more}"] for more in ("", ",allocation=uniform"))
-    assert balanced < uniform
-    best, unequal = (perplexity["0.5", f"maiht:best{more}"] for more in ("", ",allocation=depth"))
-    assert best < unequal
-    for one, other in ((balanced, uniform), (best, unequal)):
-        assert one == pytest.approx(other, rel=0.03)
+    untrained, uneven = (f"maiht:best,reconstruction_epochs=0{more}" for more in ("", ",allocation=depth"))
+    assert perplexity["0.5", uneven] < perplexity["0.5", untrained]
+    assert perplexity["0.5", "maiht:best"] < perplexity["0.5", "maiht:best,allocation=depth"]
+    for one, other in ((uneven, untrained), ("maiht:best", "maiht:best,allocation=depth")):
+        assert perplexity["0.5", one] == pytest.approx(perplexity["0.5", other], rel=0.03)
+    # What training is worth, by what there is without.
+    for trained, other in (("maiht:best", untrained), ("maiht:best,allocation=depth", uneven)):
+        both = [setting for setting in ("0.5", "0.7") if {(setting, trained), (setting, other)} <= perplexity.keys()]
+        gains = [1 - perplexity[setting, trained] / perplexity[setting, other] for setting in both]
+        assert gains == sorted(gains)
+        assert min(gains) > 0
 
 
 def test_what_the_page_says_of_more_text_follows_from_the_results():
@@ -801,7 +807,7 @@ def test_what_the_page_says_of_more_text_follows_from_the_results():
     most = results_of("smollm2_128.json")
     assert most["settings"]["calibration"] == {**less["settings"]["calibration"], "samples": C4Calibration().samples}
     # On the page of the presets: one pass with the most text does more than four with the least.
-    (once,) = (run for run in most["runs"] if run["method"] == "maiht:balanced,reconstruction_epochs=1")
+    (once,) = (run for run in most["runs"] if run["method"] == "maiht:best,reconstruction_epochs=1,allocation=depth")
     assert once["perplexity"]["wikitext2"] < before[trained]
 
 
@@ -847,7 +853,9 @@ def test_what_the_page_says_of_parts_follows_from_the_results():
     trained = "paper,reconstruction_epochs=4"
     assert {entry for entry, each in value.items() if each > value["paper"]} == {"paper,sublayers=true"}
     assert value["paper,allocation=depth"] < value["paper"]
-    assert value["best"] < value[trained] < value["best,allocation=depth"] < value["balanced"] < value["paper"]
+    untrained = "best,reconstruction_epochs=0,allocation=depth"
+    assert value["best"] < value[trained] < value["best,allocation=depth"] < value["balanced"] < value[untrained]
+    assert value[untrained] < value["paper"]
     # Training is worth most of what one part does.
     assert value[trained] == min(each for entry, each in value.items() if entry.startswith("paper"))
     assert found["settings"] == results_of("smollm2.json")["settings"]

@@ -72,12 +72,16 @@ def test_what_the_presets_switch_on():
     assert paper == MAIHTConfig()
     assert not paper.has_dense_stream
     assert (fast.candidates, fast.sublayers, fast.has_dense_stream) == ("preconditioned", False, False)
-    assert (balanced.candidates, balanced.sublayers, balanced.reconstruction_epochs) == ("preconditioned", True, 0)
+    assert (balanced.candidates, balanced.sublayers, balanced.reconstruction_epochs) == ("preconditioned", True, 1)
     assert 0 < balanced.dense_targets <= 1
-    assert (paper.allocation, fast.allocation, balanced.allocation) == ("uniform", "uniform", "depth")
-    assert best.reconstruction_epochs > 0
     # What is trained afterwards has as many zeros in every layer.
-    assert replace(best, reconstruction_epochs=0) == replace(balanced, allocation="uniform")
+    assert {preset.allocation for preset in PRESETS.values()} == {"uniform"}
+    # Each has more of what the one before it has.
+    assert replace(balanced, sublayers=False, dense_targets=0.0, reconstruction_epochs=0) == fast
+    assert best.reconstruction_epochs > balanced.reconstruction_epochs
+    assert best.iterations > balanced.iterations
+    steps = {name: getattr(balanced, name) for name in ("iterations", "refine_iterations", "reconstruction_epochs")}
+    assert replace(best, **steps) == balanced
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,7 +96,7 @@ def test_the_default(method):
     ("text", "changes"),
     [
         ("balanced", {}),
-        ("balanced,reconstruction_epochs=1", {"reconstruction_epochs": 1}),
+        ("balanced,reconstruction_epochs=2", {"reconstruction_epochs": 2}),
         ("balanced, sublayers=false , dense_targets=0", {"sublayers": False, "dense_targets": 0}),
         ("balanced,allocation=owl,memory_budget=none,mu=1e-3", {"allocation": "owl", "mu": 0.001}),
     ],

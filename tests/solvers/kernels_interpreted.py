@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from helpers.problems import make_problem
 from maiht_lightning import MAIHTConfig, prune_layer
-from maiht_lightning.solvers import kernels, patterns
+from maiht_lightning.solvers import hard_thresholding, kernels, patterns
 from maiht_lightning.solvers.fusing import run_by
 from maiht_lightning.solvers.precision import Multiplier
 
@@ -76,6 +76,24 @@ def test_halves_are_the_same_to_the_last_bit(form):
     if form != "plain":
         assert torch.equal(found.exponents[:-1], expected.exponents[:-1])
         assert (found.matrix[-1] == 0).all()
+
+
+@pytest.mark.parametrize("form", ["plain", "fp16"])
+def test_zeros_that_stay(form):
+    generator = torch.Generator().manual_seed(0)
+    value, target, product = (torch.randn(ROWS, INPUTS, generator=generator) for _ in range(3))
+    target[:, ::3] = 0
+    multiply = Multiplier(torch.eye(INPUTS), form)
+    left = multiply.left(ROWS)
+    left.fill(value - target)
+    for keep_zeros in (False, True):
+        expected, found = torch.empty(ROWS, INPUTS), torch.empty(ROWS, INPUTS)
+        settings = value, target, left, multiply.exponent, product, 0.3, keep_zeros
+        scratch = torch.empty(ROWS, INPUTS), torch.empty(ROWS, INPUTS)
+        sums = hard_thresholding.descend.__wrapped__(*settings, expected, scratch=scratch)
+        assert_close(kernels.descend(*settings, found), sums)
+        assert_close(found, expected)
+        assert bool((found[:, ::3] == 0).all()) == keep_zeros
 
 
 def test_comparisons_of_long_rows():

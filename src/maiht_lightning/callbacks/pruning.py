@@ -81,7 +81,7 @@ class MAIHTPruning(Callback):
             of every M consecutive inputs.
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
         config: A preset's name, `paper`, `fast`, `accurate`, `balanced` or `best`, perhaps with changes, as in
-            `balanced,reconstruction_epochs=1`, or settings one by one, with those left out as in `paper`. By default
+            `balanced,reconstruction_epochs=2`, or settings one by one, with those left out as in `paper`. By default
             `balanced`, and for other methods than `maiht` as they were published.
         calibration: Where calibration windows come from; by default 128 from C4. Or windows of your own: a LongTensor
             of token ids (samples, seqlen), a DataLoader or other batches (see `prune`), or `train`: what the model is

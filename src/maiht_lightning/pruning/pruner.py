@@ -79,7 +79,7 @@ def prune(
             every M consecutive inputs).
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
         config: A preset's name, `paper`, `fast`, `accurate`, `balanced` or `best`, perhaps with changes, as in
-            `balanced,reconstruction_epochs=1`, or settings one by one, with those left out as in `paper`. By default
+            `balanced,reconstruction_epochs=2`, or settings one by one, with those left out as in `paper`. By default
             `balanced`, and for other methods than `maiht` as they were published.
         journal_dir: Folder for finished blocks; hidden states on disk go beside it. Called again with the same
             arguments after a crash, with the dense model or the partly pruned one, `prune` resumes with the first

@@ -69,7 +69,7 @@ def prune_layer(
             every M consecutive inputs).
         method: `maiht`, `aiht`, `iht`, `sparsegpt`, `admm`, `wanda` or `magnitude`.
         config: A preset's name, `paper`, `fast`, `accurate`, `balanced` or `best`, perhaps with changes, as in
-            `balanced,reconstruction_epochs=1`, or settings one by one, with those left out as in `paper`. By default
+            `balanced,reconstruction_epochs=2`, or settings one by one, with those left out as in `paper`. By default
             `balanced`, and for other methods than `maiht` as they were published.
 
     Returns:
