@@ -28,9 +28,9 @@ def smollm2(smollm2_folder):
 def test_maiht_beats_wanda_beats_magnitude_in_every_layer(smollm2, tokenizer, real_data):
     windows = C4Calibration(samples=8, sampling="packed").windows(tokenizer, 256)
     reports = {}
-    # As many zeros in every layer, so that errors compare; fewer steps are enough for that.
-    uniform = resolve_config("balanced,allocation=uniform,iterations=20,refine_iterations=10")
-    for method, config in (("maiht", uniform), ("wanda", None), ("magnitude", None)):
+    # Errors of layers: fewer steps are enough for these.
+    quick = resolve_config("fast,iterations=20,refine_iterations=10")
+    for method, config in (("maiht", quick), ("wanda", None), ("magnitude", None)):
         model = copy.deepcopy(smollm2)
         reports[method] = prune(model, windows, method=method, config=config, batch_size=4, progress=False)
         counts = count_zeros(model)
