@@ -47,7 +47,7 @@ def test_how_passes_are_run_ends_with_its_context():
 
 # ---- On a GPU: something that says that it is there, and kernels that are made up
 
-ON_GPU = SimpleNamespace(is_cuda=True)
+ON_GPU = SimpleNamespace(is_cuda=True, get_device=lambda: -1)
 
 
 @one_pass
@@ -74,6 +74,25 @@ def test_a_gpus_passes_are_kernels(kernel):
     assert echo(on_host, 3, scratch="buffer") == ("as it stands", on_host, 3, "buffer")
     with run_by(unfused):
         assert echo(ON_GPU, 3, scratch="buffer") == ("as it stands", ON_GPU, 3, "buffer")
+
+
+def test_kernels_run_where_their_matrices_are(kernel, monkeypatch):
+    entered = []
+
+    class Current:
+        def __init__(self, matrix):
+            self.device = matrix.get_device()
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", Current)
+    kernel(lambda *_: entered.append("launched"))
+    echo(SimpleNamespace(is_cuda=True, get_device=lambda: 3), 3, scratch="buffer")
+    assert entered == [3, "launched", "left"]
 
 
 def test_a_kernel_may_decline(kernel):

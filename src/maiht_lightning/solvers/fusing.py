@@ -56,7 +56,9 @@ def fused(function: Callable[..., Any], scratch: Any, *args: Any) -> Any:
     found = NotImplemented
     if args[0].is_cuda and not failures and (kernels := _kernels()) is not None:
         try:
-            found = getattr(kernels, function.__name__)(*args)
+            # Triton launches on the current device, wherever the matrices are.
+            with torch.cuda.device_of(args[0]):
+                found = getattr(kernels, function.__name__)(*args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
