@@ -521,7 +521,7 @@ def test_a_run_with_a_logger_stands_beside_its_prediction(tiny_llama, tmp_path, 
     fit = trainer(MAIHTPruning(calibration=Windows(), output_dir=str(tmp_path / "run")), logger=logger)
     fit.fit(OwnModule(tiny_llama(vocab_size=64)))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert list(summary["predicted"]) == ["capture", "solve"]
+    assert list(summary["predicted"]) == ["capture", "solve", "reconstruct"]
     rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
     (row,) = [row for row in rows if row.get("predicted/solve_seconds")]
     solve = summary["predicted"]["solve"]
