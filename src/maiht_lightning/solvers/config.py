@@ -36,10 +36,9 @@ class MAIHTConfig:
             with other products with the Gram matrix. `fp16x3`: three of half precision, as accurate as one of float32
             and on GPUs several times as fast. `mixed`: one of half precision, with the power of two that each row
             needs, while a support is sought, and `fp16x3` where the weights on it become final and for the errors
-            reported. `tf32`:
-            inputs rounded to TF32 on CUDA devices that have it (Ampere and later), and float32 elsewhere. `auto`:
-            `mixed` on CUDA devices, `float32` elsewhere. On a CPU the half-precision ones are emulated, to the same
-            accuracy and slower.
+            reported. `tf32`: inputs rounded to TF32 on CUDA devices that have it (Ampere and later), and float32
+            elsewhere. `auto`: `mixed` on CUDA devices, `float32` elsewhere. On a CPU the half-precision ones are
+            emulated, to the same accuracy and slower.
         tolerance: Stop early when over five iterations the objective has changed by no more than this fraction, and no
             more than this fraction of the support; likewise for the refining. 0, as in the paper, means never.
         memory_budget: Bytes on the weight's device that the solver may take beside the Gram matrix; None for as many

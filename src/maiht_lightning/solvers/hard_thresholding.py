@@ -327,7 +327,7 @@ def descend(
     """
     gradient, residual = product, left.matrix
     if left.exponents is not None:
-        gradient = torch.mul(product, scale(left, exponent), out=scratch[0])
+        gradient = torch.mul(product, scale(left.exponents, exponent), out=scratch[0])
         residual = torch.sub(value, target, out=scratch[1])
     torch.add(value, gradient, alpha=-step_size, out=stepped)
     if keep_zeros:

@@ -26,6 +26,14 @@ COMPARED = 8192
 
 
 @triton.jit
+def _place(columns, WHOLE: tl.constexpr):
+    """A program's row, the columns (WHOLE,), which of them there are, and where their entries lie in a matrix."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, WHOLE)
+    return row, cols, cols < columns, row * columns + cols
+
+
+@triton.jit
 def _power_of_two(exponent):
     return (exponent + 127 << 23).to(tl.float32, bitcast=True)
 
@@ -64,10 +72,7 @@ def _threshold(
     ACCELERATED: tl.constexpr, CHOOSE: tl.constexpr, SUPPORT: tl.constexpr,
     PARTS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, WHOLE)
-    inside = cols < columns
-    at = row * columns + cols
+    row, cols, inside, at = _place(columns, WHOLE)
     point = tl.load(before + at, mask=inside, other=0.0)
     if CHOOSE:
         one = tl.load(first + at, mask=inside, other=0.0)
@@ -96,10 +101,7 @@ def _descend(
     value, target, product, exponents, base, step_size, stepped, sums, columns,
     SCALED: tl.constexpr, KEEP_ZEROS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, WHOLE)
-    inside = cols < columns
-    at = row * columns + cols
+    row, _, inside, at = _place(columns, WHOLE)
     point = tl.load(value + at, mask=inside, other=0.0)
     wanted = tl.load(target + at, mask=inside, other=0.0)
     gradient = tl.load(product + at, mask=inside, other=0.0)
@@ -117,10 +119,7 @@ def _combine(
     current, exponents, base, target, dual, free, score, columns,
     SCALED: tl.constexpr, SOME: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, WHOLE)
-    inside = cols < columns
-    at = row * columns + cols
+    row, _, inside, at = _place(columns, WHOLE)
     point = tl.load(current + at, mask=inside, other=0.0)
     if SCALED:
         point = point * _factor(row, exponents, base)
@@ -137,10 +136,7 @@ def _separate(
     proposal, mask, penalty, target, dual, matrix, exponents, columns,
     PARTS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, WHOLE)
-    inside = cols < columns
-    at = row * columns + cols
+    row, cols, inside, at = _place(columns, WHOLE)
     point = tl.load(proposal + at, mask=inside, other=0.0)
     sparse = tl.where(tl.load(mask + at, mask=inside, other=0) != 0, point, 0.0)
     rest = point - sparse
@@ -154,10 +150,7 @@ def _curve(
     product, exponents, base, kept, direction, curvatures, squares, columns,
     SCALED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, WHOLE)
-    inside = cols < columns
-    at = row * columns + cols
+    row, _, inside, at = _place(columns, WHOLE)
     image = tl.load(product + at, mask=inside, other=0.0) * tl.load(kept + at, mask=inside, other=0.0)
     if SCALED:
         image = image * _factor(row, exponents, base)
@@ -169,10 +162,7 @@ def _curve(
 
 @triton.jit
 def _move(value, residual, direction, image, length, squares, columns, WHOLE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, WHOLE)
-    inside = cols < columns
-    at = row * columns + cols
+    row, _, inside, at = _place(columns, WHOLE)
     far = tl.load(length + row)
     along = tl.load(direction + at, mask=inside, other=0.0)
     tl.store(value + at, tl.load(value + at, mask=inside, other=0.0) + far * along, mask=inside)
@@ -186,21 +176,20 @@ def _turn(
     direction, residual, ratio, matrix, exponents, columns,
     PARTS: tl.constexpr, TOP: tl.constexpr, LIMIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, WHOLE)
-    inside = cols < columns
-    at = row * columns + cols
+    row, cols, inside, at = _place(columns, WHOLE)
     along = tl.load(direction + at, mask=inside, other=0.0) * tl.load(ratio + row)
     along = along + tl.load(residual + at, mask=inside, other=0.0)
     tl.store(direction + at, along, mask=inside)
     _fill(row, cols, inside, along, matrix, exponents, columns, PARTS, TOP, LIMIT)
 
 
-@triton.jit(do_not_specialize=["columns", "blocks"])
+@triton.jit(do_not_specialize=["blocks"])
 def _compare(score, low, high, mask, within, above, columns, blocks, BOUNDED: tl.constexpr, WHOLE: tl.constexpr):
     """Which entries reach the bound `low`, or if BOUNDED exceed it and do not exceed `high`; counts by block."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * WHOLE + tl.arange(0, WHOLE)
+    # All blocks of all rows in one dimension: a GPU has no more than 65,535 programs in another.
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    cols = (program % blocks) * WHOLE + tl.arange(0, WHOLE)
     inside = cols < columns
     at = row * columns + cols
     entries = tl.load(score + at, mask=inside, other=0.0)
@@ -208,11 +197,11 @@ def _compare(score, low, high, mask, within, above, columns, blocks, BOUNDED: tl
     if BOUNDED:
         over = inside & (entries > tl.load(high + row))
         found = inside & (entries > bottom) & (over == 0)
-        tl.store(above + row * blocks + tl.program_id(1), tl.sum(over.to(tl.int32)))
+        tl.store(above + program, tl.sum(over.to(tl.int32)))
     else:
         found = inside & (entries >= bottom)
     tl.store(mask + at, found, mask=inside)
-    tl.store(within + row * blocks + tl.program_id(1), tl.sum(found.to(tl.int32)))
+    tl.store(within + program, tl.sum(found.to(tl.int32)))
 
 
 # ---- The passes; arguments and results are theirs, or NotImplemented
@@ -365,7 +354,7 @@ def _compared(score: Tensor, low: Tensor, high: Tensor, *, bounded: bool) -> Any
     blocks = triton.cdiv(columns, COMPARED)
     mask = torch.empty_like(score, dtype=torch.bool)
     counts = torch.empty(2, rows, blocks, dtype=torch.int32, device=score.device)
-    _compare[rows, blocks](
+    _compare[rows * blocks,](
         score, low.contiguous(), high.contiguous(), mask, counts[0], counts[1], columns, blocks,
         BOUNDED=bounded, WHOLE=COMPARED, num_warps=8,
     )  # fmt: skip

@@ -282,20 +282,20 @@ def count(mask: Tensor) -> Tensor:
     return torch.stack([part.sum(1, keepdim=True, dtype=torch.float32).long() for part in parts]).sum(0)
 
 
-def hard_threshold_(out: Tensor, value: Tensor, threshold: Tensor, kept: Tensor | None = None) -> Tensor:
+def hard_threshold_(out: Tensor, value: Tensor, threshold: Tensor, kept: Tensor) -> Tensor:
     """Write H_τ(value) to `out`: entries with |v| ≥ τ stay, the others become 0.
 
     Args:
         out: (out, in), overwritten.
         value: (out, in).
         threshold: τ, (1, 1) for the whole matrix or (out, 1) for each row.
-        kept: Scratch (out, in), or None.
+        kept: Scratch (out, in).
 
     Returns:
-        (out, in), 1 where an entry stays, else 0: numbers in `kept`, which on a CPU are several times faster to
-        multiply with and to sum than booleans are; booleans where there is no scratch.
+        `kept` (out, in), 1 where an entry stays, else 0: numbers, which on a CPU are several times faster to
+        multiply with and to sum than booleans are.
     """
-    kept = torch.ge(torch.abs(value, out=kept), threshold, out=kept)
+    torch.ge(torch.abs(value, out=kept), threshold, out=kept)
     torch.mul(value, kept, out=out)
     return kept
 

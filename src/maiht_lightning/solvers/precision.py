@@ -178,21 +178,20 @@ class Multiplier:
 
     def __call__(self, values: Tensor, out: Tensor | None = None) -> Tensor:
         """The product of a matrix (rows, in) with the matrix (in, in); `out` (rows, in) is overwritten."""
-        if self.form == "plain":
-            return torch.mm(values, self._right, out=out)
-        left = self.left(len(values))
+        left = self.left_for(values)
         left.fill(values)
-        return self.product(left, out).mul_(scale(left, self.exponent))
+        product = self.product(left, out)
+        return product if left.exponents is None else product.mul_(scale(left.exponents, self.exponent))
 
 
-def scale(left: Left, exponent: int) -> Tensor | float:
-    """By what the rows of a product (rows, in) are still to be multiplied, (rows, 1), or 1.
+def scale(exponents: Tensor, exponent: int) -> Tensor:
+    """By what the rows of a product are still to be multiplied, float32 (rows, 1).
 
     Args:
-        left: One factor.
-        exponent: The other one's, a `Multiplier`'s.
+        exponents: The `Left`'s, (rows, 1).
+        exponent: The `Multiplier`'s.
     """
-    return 1.0 if left.exponents is None else _power_of_two((-exponent - left.exponents).clamp_max_(127))
+    return _power_of_two((-exponent - exponents).clamp_max_(127))
 
 
 class Products(NamedTuple):
@@ -224,7 +223,7 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
 
     A training run often calls `torch.set_float32_matmul_precision("medium")`, which would reach the solvers; or lets
     sums of half-precision products be rounded to half precision. Within, PyTorch's older functions that ask for the
-    setting may raise: no function that Inductor compiles may hold a product here.
+    setting may raise.
     """
     cuda: Any = torch.backends.cuda.matmul
     mkldnn: Any = torch.backends.mkldnn

@@ -233,7 +233,7 @@ def combine(
     That is 0 where `free` is 0.
     """
     if left.exponents is not None:
-        current.mul_(scale(left, exponent))
+        current.mul_(scale(left.exponents, exponent))
     torch.abs(current.add_(target).add_(dual), out=score)
     if free is not None:
         score.mul_(free)
@@ -262,7 +262,7 @@ def curve(
         Curvatures along the directions (out, 1), and the directions' squared norms (out, 1).
     """
     if left.exponents is not None:
-        product.mul_(scale(left, exponent))
+        product.mul_(scale(left.exponents, exponent))
     product.mul_(kept)
     return _row_products(direction, product), _row_products(direction, direction)
 
