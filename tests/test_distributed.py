@@ -466,6 +466,8 @@ def test_maiht_prune_with_two_processes_as_with_one(tiny_folder, local_data, tmp
         *("--pruning.calibration.samples", "5", "--pruning.calibration.seqlen", "64"),
         *("--pruning.evaluation.perplexity", "[python_docs]", "--pruning.evaluation.max_windows", "3"),
         *("--pruning.evaluation.tasks", "[arc_easy]", "--pruning.evaluation.limit", "9"),
+        # Blocks are trained with a window of each process a step, so that their number changes the weights.
+        *("--pruning.config", "balanced,reconstruction_epochs=0"),
     ]
     several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     command = [*python(), "-m", "maiht_lightning.cli", "prune", *options, "--output_dir"]
