@@ -74,7 +74,7 @@ def streams():
 def test_each_group_sees_the_pruned_layers_before_it(streams, family):
     pruned, inputs, stream, dense = streams(family)
     block = find_blocks(pruned).modules[1]
-    groups = find_groups(block, inputs)
+    groups, _ = find_groups(block, inputs)
     assert groups == GROUPS[family]
     for names in groups:
         group = accumulate_group(block, inputs, names, dense=stream)
@@ -94,7 +94,7 @@ def test_inputs_stay_inputs_of_the_block(streams):
     """Until it is passed; then they are the whole models' hidden states."""
     pruned, inputs, stream, dense = streams("llama")
     block, blocks = find_blocks(pruned).modules[1], find_blocks(dense).modules
-    for names in find_groups(block, inputs):
+    for names in find_groups(block, inputs)[0]:
         accumulate_group(block, inputs, names, dense=stream)
         halve(block, names)
     inputs.pass_through(block)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
+from torch import nn
 
 from helpers.byte_model import byte_tokenizer, same_weights, save_folder
 from helpers.counts import assert_total_is
@@ -241,6 +242,45 @@ def test_works_in_inference_mode(make):
     prune(other, WINDOWS, config=QUICK, progress=False)
     assert changed(model, state(other)) == set()
     model(input_ids=WINDOWS, labels=WINDOWS).loss.backward()
+
+
+def runs_of_a_layer(model, **settings):
+    """How often the first block's k_proj runs on a window while a model is pruned, in both models."""
+    linear, counted = find_blocks(model).modules[0].self_attn.k_proj, [0]
+
+    class Counted(type(linear)):
+        def forward(self, x):
+            counted[0] += 1
+            return super().forward(x)
+
+    # Copies of the block, such as the dense one, have the class as well.
+    linear.__class__ = Counted
+    prune(model, WINDOWS, config=STAGES[settings.pop("parts")], progress=False, **settings)
+    linear.__class__ = nn.Linear
+    return counted[0] / len(WINDOWS)
+
+
+@pytest.mark.parametrize("parts", ["sublayers", "dense targets", "all"])
+def test_what_is_kept_of_a_block_while_it_is_pruned_changes_no_weight(make, monkeypatch, parts):
+    kept, anew = make(), make()
+    once = runs_of_a_layer(kept, parts=parts, hidden_states="device")
+    # Nothing is kept without room, and nothing beside hidden states that were sent to the disk.
+    monkeypatch.setattr("maiht_lightning.pruning.pruner.has_room", lambda *_, **__: False)
+    assert once < runs_of_a_layer(anew, parts=parts, hidden_states="device")
+    assert same_weights(kept, anew)
+    monkeypatch.setattr("maiht_lightning.pruning.pruner.has_room", lambda *_, **__: True)
+    on_disk = make()
+    assert once < runs_of_a_layer(on_disk, parts=parts, hidden_states="disk")
+    assert same_weights(kept, on_disk)
+
+
+def test_what_a_block_sees_is_kept_where_there_is_room_for_both_models(make, monkeypatch):
+    asked = []
+    monkeypatch.setattr("maiht_lightning.pruning.pruner.has_room", lambda size, **where: asked.append((size, where)))
+    prune(make(), WINDOWS, config=QUICK, progress=False, hidden_states="device")
+    # Of 6 windows of 12 tokens the inputs of o_proj and down_proj, 32 and 48 numbers of 4 bytes.
+    assert [size for size, _ in asked] == 3 * [2 * 6 * 12 * (32 + 48) * 4]
+    assert all(where["device"] == torch.device("cpu") and where["working"] > 0 for _, where in asked)
 
 
 def test_zeros_are_kept_through_all_parts(make):

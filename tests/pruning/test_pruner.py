@@ -21,6 +21,7 @@ from maiht_lightning.solvers.config import PRESETS
 # `maiht_lightning.prune` may hide its module's name.
 pruner = importlib.import_module("maiht_lightning.pruning.block_pruner")
 solving = importlib.import_module("maiht_lightning.pruning.solving")
+streams = importlib.import_module("maiht_lightning.pruning.streams")
 
 # As by default, but for the number of steps.
 QUICK = replace(PRESETS["balanced"], iterations=6, refine_iterations=3)
@@ -227,13 +228,13 @@ def test_batches_are_as_large_as_asked_for(llama, windows, batch_size):
 @pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("float64", False), ("tf32", True)])
 def test_gram_matrices_are_in_tf32_where_the_solver_may_be(llama, windows, precision, tf32, sublayers, monkeypatch):
     part = "accumulate_group" if sublayers else "accumulate_grams"
-    seen, original = [], getattr(pruner, part)
+    seen, original = [], getattr(streams, part)
 
     def note(*arguments, tf32, **settings):
         seen.append(tf32)
         return original(*arguments, tf32=tf32, **settings)
 
-    monkeypatch.setattr(pruner, part, note)
+    monkeypatch.setattr(streams, part, note)
     config = MAIHTConfig(precision=precision, sublayers=sublayers)
     prune(llama, windows, method="magnitude", config=config, progress=False)
     assert seen == [tf32] * (3 * 4 if sublayers else 3)
@@ -477,7 +478,7 @@ def test_out_of_memory_names_the_block(llama, windows, monkeypatch, config, part
     def fail(*_, **__):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(pruner, part, fail)
+    monkeypatch.setattr(pruner if part == "reconstruct" else streams, part, fail)
     with pytest.raises(PruningError, match=r"model\.layers\.0 could not be \w+: no memory left"):
         prune(llama, windows, config=config, progress=False)
     assert changed(llama, before) == set()

@@ -7,13 +7,15 @@ conventions, and recording costs next to nothing.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..models.blocks import forwards_replaced
 from ..models.offload import to_device
+from .entries import Entry, entered
 from .hidden_states import HiddenStateStore, NoStore
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,12 +31,14 @@ class Batch:
         arguments: For each block the other arguments that it gets: positional ones, keyword ones.
         device: Where the blocks are computed.
         index: Index of the next block.
+        known: Inputs (windows, seqlen, in) of layers at which modules of the next block can begin when it is passed.
     """
 
     hidden: Tensor
     arguments: list[Arguments]
     device: torch.device
     index: int = 0
+    known: list[tuple[Entry, Tensor]] = field(default_factory=list)
 
     def input(self) -> Tensor:
         """Return the input of the next block (windows, seqlen, hidden) on the execution device."""
@@ -48,7 +52,9 @@ class Batch:
 
     def advance(self, block: nn.Module) -> None:
         """Replace the hidden states by the output of the next block."""
-        output = self.run(block)
+        with entered(block, self.known):
+            output = self.run(block)
+        self.known = []
         self.index += 1
         if self._is_stored:
             self.hidden.copy_(output, non_blocking=True)
@@ -118,6 +124,11 @@ class BlockInputs:
         self.settle()
         self._passed = block
         self._index += 1
+
+    def forget(self) -> None:
+        """Drop what is known of the next block's inside, which is about to change."""
+        for batch in self.batches:
+            batch.known = []
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -197,8 +208,6 @@ def _blocks_bypassed(
 ) -> Iterator[None]:
     """Let blocks note what they get and return it, or `result`. One runs once, to learn the form of their output."""
     returns_tuple: list[bool] = []
-    # A block may already have a forward of its own, as Accelerate's hooks give it one.
-    before = [block.__dict__.get("forward") for block in blocks]
 
     def make(block: nn.Module) -> Any:
         forward = block.forward
@@ -217,15 +226,8 @@ def _blocks_bypassed(
 
         return record
 
-    try:
-        for block in blocks:
-            block.forward = make(block)
+    with forwards_replaced([(block, make(block)) for block in blocks]):
         yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
 
 
 def _is_mapped(tensor: Tensor) -> bool:

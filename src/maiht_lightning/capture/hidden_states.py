@@ -40,13 +40,21 @@ def choose_storage(size: int, device: torch.device, working: int = 0, pinned: in
     Returns:
         `device`, `host` or `disk`.
     """
-    if device.type == "cuda":
-        if size <= 0.9 * free_memory(device) - working:
+    if device.type != "cpu":
+        if has_room(size, device, working):
             return "device"
         size = max(size, pinned)
-    elif device.type != "cpu":
-        return "device"
-    return "host" if size <= available_host_memory() / 2 else "disk"
+    return "host" if has_room(size, torch.device("cpu")) else "disk"
+
+
+def has_room(size: int, device: torch.device, working: int = 0) -> bool:
+    """Whether so many bytes fit on a device, beside what works there: on the CPU, in half of its free memory.
+
+    Of devices that are neither CPU nor CUDA nothing is known, and they are taken to have room.
+    """
+    if device.type == "cuda":
+        return size <= 0.9 * free_memory(device) - working
+    return device.type != "cpu" or size <= available_host_memory() / 2
 
 
 def available_host_memory() -> int:

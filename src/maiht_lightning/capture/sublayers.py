@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..models.blocks import find_linears, weight_of
 from ..solvers.precision import float32_products
 from .block_inputs import Batch, BlockInputs
+from .entries import Entry, entered, finding_entries
 from .grams import WITHIN_TF32, InputGroup, accumulate_grams, add_gram, as_factor, as_multiplied, mirror_, slice_rows
 
 
@@ -32,21 +33,34 @@ class DenseStream:
 
 
 @torch.no_grad()
-def find_groups(block: nn.Module, inputs: BlockInputs) -> list[list[str]]:
-    """Find which linear layers of a block share an input; returns their names in the order in which they run.
+def find_groups(block: nn.Module, inputs: BlockInputs) -> tuple[list[list[str]], list[Entry]]:
+    """Find which linear layers of a block share an input, and where its modules can begin.
+
+    Returns:
+        The names of the layers in the order in which they run, and the entries in theirs.
 
     Raises:
         ValueError: As `accumulate_grams` does.
     """
     inputs.settle()
-    return [group.names for group in accumulate_grams(block, BlockInputs(inputs.batches[:1]))]
+    with finding_entries(block) as entries:
+        groups = accumulate_grams(block, BlockInputs(inputs.batches[:1]))
+    return [group.names for group in groups], entries
 
 
 @torch.no_grad()
 def accumulate_group(
-    block: nn.Module, inputs: BlockInputs, names: list[str], *, dense: DenseStream | None = None, tf32: bool = False
+    block: nn.Module,
+    inputs: BlockInputs,
+    names: list[str],
+    *,
+    dense: DenseStream | None = None,
+    tf32: bool = False,
+    entry: Entry | None = None,
 ) -> InputGroup:
     """Run all batches through a block up to the input X of one group of layers, and sum XᵀX.
+
+    What was kept of the block's inside for groups before this one does not run again.
 
     Args:
         block: The block in eval mode, with the layers before the group pruned.
@@ -54,6 +68,8 @@ def accumulate_group(
         names: The group's layers; the first one to run stands first.
         dense: The dense model's block and its inputs X_d; then Xᵀ(X_d − X) is summed as well, in the group's `drift`.
         tf32: Round float32 inputs to TF32 in the products, on CUDA devices that have it.
+        entry: Keep the inputs with the batches, so that this module begins at them from now on, until the block is
+            passed. The layers before in the module must stay as they are.
 
     Raises:
         ValueError: The inputs are not finite.
@@ -62,7 +78,7 @@ def accumulate_group(
     group: InputGroup | None = None
     others = [None] * len(inputs.batches) if dense is None else dense.inputs
     for batch, other in zip(inputs, others, strict=True):
-        seen = _input_of(block, names[0], batch)  # X (tokens, in)
+        seen = _input_of(block, names[0], batch, entry)  # X (tokens, in)
         if group is None:
             group = InputGroup(names, torch.zeros(size, size, dtype=torch.float64, device=seen.device))
             if dense is not None:
@@ -75,7 +91,7 @@ def accumulate_group(
             add_gram(group.gram, as_factor(seen), buffer)
             if dense is not None and group.drift is not None and other is not None:
                 tokens = seen.float()
-                drift = _input_of(dense.block, names[0], other).float() - tokens  # X_d − X (tokens, in)
+                drift = _input_of(dense.block, names[0], other, entry).float() - tokens  # X_d − X (tokens, in)
                 add_product(group.drift, tokens, drift, buffer)
     assert group is not None
     mirror_(group.gram)
@@ -104,10 +120,12 @@ class _Seen(Exception):
     """Ends a pass through a block at the input that was asked for."""
 
 
-def _input_of(block: nn.Module, name: str, batch: Batch) -> Tensor:
+def _input_of(block: nn.Module, name: str, batch: Batch, entry: Entry | None) -> Tensor:
     """The input (tokens, in) of a layer of a block on a batch; what comes after it does not run."""
-    with _stopping_at(find_linears(block)[name]) as seen, suppress(_Seen):
+    with entered(block, batch.known), _stopping_at(find_linears(block)[name]) as seen, suppress(_Seen):
         batch.run(block)
+    if entry is not None:
+        batch.known.append((entry, seen[0]))
     return as_multiplied(seen[0].reshape(-1, seen[0].shape[-1]))
 
 

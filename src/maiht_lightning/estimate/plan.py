@@ -156,8 +156,12 @@ def _finetune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
 
 
 def _prune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
-    yield _capture(shape, job, device)
-    yield _solve(shape, job, device)
+    # What layers see is kept while a block is pruned, if there is room for it.
+    for keeps in (True, False) if job.settings.sublayers else (False,):
+        phases = _capture(shape, job, device, keeps), _solve(shape, job, device, keeps)
+        if all(phase.device_bytes <= device.memory for phase in phases):
+            break
+    yield from phases
     if job.settings.reconstruction_epochs:
         yield _reconstruct(shape, job, device)
 
@@ -167,7 +171,13 @@ def _streams(job: Job) -> int:
     return 2 if job.settings.has_dense_stream else 1
 
 
-def _passes(shape: ModelShape, job: Job, tokens: float) -> float:
+def _kept(shape: ModelShape, job: Job) -> float:
+    """Count the bytes of what is kept of a block's inside, for all streams that are captured."""
+    streams = 2 if job.settings.dense_targets else 1
+    return float(streams * job.samples * job.seqlen * shape.kept_width * job.itemsize)
+
+
+def _passes(shape: ModelShape, job: Job, tokens: float, keeps: bool) -> float:
     """Count the operations of all forward passes of one block's capture."""
     whole = _forward_flops(shape, job, tokens)
     # The dense model goes first alone where the zeros are shared out by what its layers see.
@@ -175,19 +185,29 @@ def _passes(shape: ModelShape, job: Job, tokens: float) -> float:
     if not job.settings.sublayers:
         # The dense block runs up to the input of its last layer; then the pruned one, and the dense one beside it.
         return measured + (1 + _streams(job)) * whole - 2.0 * tokens * shape.layers[-1].weights
+
+    def run(end: int) -> float:
+        """Operations up to the input of a group, where those of the groups before it are known."""
+        ran = [la for la in shape.layers if la.group < end]
+        ran = [la for la in ran if not keeps or la.needless_after is None or la.needless_after >= end]
+        # Attention comes after the first layers, and in the same module.
+        attention = job.seqlen * shape.attention_width * (shape.layers[0] in ran)
+        return tokens * (2.0 * sum(layer.weights for layer in ran) + attention)
+
     # For every group a pass up to its input, and one of the whole block in the end.
-    passed, total = 0, whole
-    for number, group in enumerate(shape.groups):
-        attention = job.seqlen * shape.attention_width if number else 0
-        total += tokens * (2.0 * passed + attention)
-        passed += sum(layer.weights for layer in group)
-    return measured + _streams(job) * total
+    groups = len(shape.groups)
+    captured, passed = sum(map(run, range(groups))), run(groups)
+    # What is known of a block is of no use any more where the block was trained.
+    total = captured + (whole if job.settings.reconstruction_epochs else passed)
+    if job.settings.has_dense_stream:
+        total += captured + passed if job.settings.dense_targets else whole
+    return measured + total
 
 
-def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
+def _capture(shape: ModelShape, job: Job, device: Device, keeps: bool) -> Phase:
     tokens, size = job.samples * job.seqlen, job.itemsize
     torch_device = torch.device("cpu" if device.is_host else "cuda")
-    forward = shape.blocks * _passes(shape, job, tokens)
+    forward = shape.blocks * _passes(shape, job, tokens, keeps)
     grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
     # The products of two different inputs have no symmetry to be saved, and a difference is not of half precision.
     drifts = shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams) if job.settings.dense_targets else 0.0
@@ -211,6 +231,7 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     if job.settings.sublayers:
         # One group's sums exist at a time, and the dense copy of the block.
         sums = (16.0 if job.settings.dense_targets else 8.0) * widest**2 + _block_bytes(shape, job)
+        sums += _kept(shape, job) * keeps
     else:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
@@ -220,7 +241,7 @@ def _capture(shape: ModelShape, job: Job, device: Device) -> Phase:
     return Phase("capture", forward + grams + drifts, seconds, memory)
 
 
-def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
+def _solve(shape: ModelShape, job: Job, device: Device, keeps: bool) -> Phase:
     spec = job.spec.on("cpu" if device.is_host else "cuda")
     # What keeps N of M has no kernel.
     fuses = not device.is_host and not spec.pattern.group
@@ -256,6 +277,7 @@ def _solve(shape: ModelShape, job: Job, device: Device) -> Phase:
     grams = float(config.dtype.itemsize * (sum(n * n for n in shape.grams) + widest**2))
     if config.sublayers:
         grams = config.dtype.itemsize * (4 if config.dense_targets else 2) * widest**2 + _block_bytes(shape, job)
+        grams += _kept(shape, job) * keeps
     if job.method in ("maiht", "aiht", "iht"):
         grams += bytes_per_entry(config.precision) * widest**2
     if job.method == "maiht" and config.candidates == "preconditioned":

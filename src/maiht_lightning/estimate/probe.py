@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..capture.entries import Entry, finding_entries
 from ..models.blocks import find_blocks, find_linears
 
 # Lengths of the two windows, in tokens.
@@ -46,11 +47,13 @@ class Structure:
     Args:
         group_of: The number of each linear layer's input, by the layer's name in the block, in the order in which they
             run.
+        entries: The modules of the block that can begin at the input of their last layer.
         attention_width: See `ModelShape`.
         vocabulary: Columns of the logits.
     """
 
     group_of: dict[str, int] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
     attention_width: int = 0
     vocabulary: int = 0
 
@@ -118,7 +121,7 @@ def _count_window(model: nn.Module, structure: Structure, length: int) -> list[i
     structure.group_of.clear()
     block = find_blocks(model).modules[0]
     traffic = Traffic()
-    with torch.no_grad(), traffic:
+    with torch.no_grad(), traffic, finding_entries(block) as structure.entries:
         handles = _watch(block, structure, traffic)
         model.eval()(input_ids=tokens, use_cache=False)
     for handle in handles:

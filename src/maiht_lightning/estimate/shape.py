@@ -25,12 +25,15 @@ class LayerShape:
         inputs: Columns of the weight.
         outputs: Rows of the weight.
         group: Number of its input in the block: layers with the same number share a Gram matrix.
+        needless_after: Number of the input from which on its module can begin without it, once that input is known;
+            None for the last layer of a module, and for layers in none that can.
     """
 
     name: str
     inputs: int
     outputs: int
     group: int
+    needless_after: int | None = None
 
     @property
     def weights(self) -> int:
@@ -80,6 +83,12 @@ class ModelShape:
         return tuple(group[0].inputs for group in self.groups)
 
     @property
+    def kept_width(self) -> int:
+        """Numbers that a token has in all inputs of a block at which its modules can begin."""
+        known = {layer.needless_after for layer in self.layers}
+        return sum(width for group, width in enumerate(self.grams) if group in known)
+
+    @property
     def prunable(self) -> int:
         """Weights of all layers that are pruned."""
         return self.blocks * sum(layer.weights for layer in self.layers)
@@ -126,9 +135,16 @@ class ModelShape:
                 "each linear layer of a block must run, so that its input is known, but found that "
                 f"{', '.join(missing)} did not run"
             )
+        after = {
+            layer: structure.group_of[entry.layer]
+            for entry in structure.entries
+            for layer in linears
+            if layer.startswith(f"{entry.module}.") and layer != entry.layer
+        }
         layers = tuple(
-            LayerShape(layer, weight_of(linears[layer]).shape[1], weight_of(linears[layer]).shape[0], group)
+            LayerShape(layer, weight.shape[1], weight.shape[0], group, after.get(layer))
             for layer, group in structure.group_of.items()
+            for weight in [weight_of(linears[layer])]
         )
         return cls(
             name=name or kind.__name__,

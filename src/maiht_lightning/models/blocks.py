@@ -1,7 +1,7 @@
 """Finding the decoder blocks of a causal language model and the linear layers in them."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -133,3 +133,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def forwards_replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Give modules other forwards for a while."""
+    # A module may already have a forward of its own, as Accelerate's hooks give it one.
+    replaced = [(module, forward, module.__dict__.get("forward")) for module, forward in forwards]
+    try:
+        for module, forward, _ in replaced:
+            module.forward = forward
+        yield
+    finally:
+        for module, _, before in replaced:
+            module.__dict__.pop("forward", None)
+            if before is not None:
+                module.forward = before

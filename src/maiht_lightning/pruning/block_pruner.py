@@ -1,29 +1,26 @@
 """The loop over the decoder blocks: capture Gram matrices, solve the layers, write them back, pass the block.
 
-A block is captured as a whole, or sublayer after sublayer with the layers before each pruned. Beside the pruned model's
-hidden states the dense model's may go along, for layers that are fitted to its outputs, and for reconstruction.
+A block is captured as a whole, or sublayer after sublayer with the layers before each pruned.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..capture.block_inputs import BlockInputs
-from ..capture.grams import InputGroup, accumulate_grams
-from ..capture.sublayers import DenseStream, accumulate_group, find_groups
+from ..capture.grams import InputGroup
 from ..distributed import RankError, Ranks
 from ..models.blocks import find_linears, weight_of, write_weight
-from ..models.memory import with_room
 from ..models.offload import BlockLoader, copy_of
 from ..records import LayerRecord, PruningReport
 from ..solvers import LayerResult, Pattern, PruningSpec
 from .journal import Journal, block_file
 from .reconstruction import reconstruct
 from .solving import prepare_solver, solve_layer
+from .streams import Streams, Sublayer
 
 T = TypeVar("T")
 
@@ -37,16 +34,13 @@ class BlockPruner:
 
     Args:
         loader: Hands out the blocks.
-        inputs: The calibration windows of this process, as inputs of the first block.
+        streams: The calibration windows of this process, as inputs of the first block.
         spec: How layers are pruned.
         ranks: The processes that prune together.
         journal: Where finished blocks are saved; only the first process has one.
         journal_dir: Its folder, in all processes: models on disk find their pruned weights in its files.
         bar: The progress bar, which counts layers.
-        dense: The same windows, as inputs of the first block of the dense model; None where it is not needed.
         patterns: Patterns of layers that have their own, by path in the model.
-        record: Records the windows in batches of another size, as inputs of the first block, without hidden states.
-            None: where memory runs out, nothing is tried again in smaller batches.
         on_retry: Called with a sentence where memory ran out.
 
     Attributes:
@@ -56,21 +50,18 @@ class BlockPruner:
     def __init__(
         self,
         loader: BlockLoader,
-        inputs: BlockInputs,
+        streams: Streams,
         spec: PruningSpec,
         ranks: Ranks,
         journal: Journal | None,
         journal_dir: Path | None,
         bar: "tqdm[None]",
-        dense: BlockInputs | None = None,
         patterns: Mapping[str, Pattern] | None = None,
-        record: Callable[[int], BlockInputs] | None = None,
         on_retry: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.loader, self.inputs, self.spec, self.ranks = loader, inputs, spec, ranks
+        self.loader, self.streams, self.spec, self.ranks = loader, streams, spec, ranks
         self.journal, self.journal_dir = journal, journal_dir
-        self.dense, self.patterns = dense, patterns or {}
-        self._record, self._on_retry = record, on_retry
+        self.patterns, self._on_retry = patterns or {}, on_retry
         self._said: set[str] = set()
         self.report = PruningReport()
         self._bar = bar
@@ -93,21 +84,20 @@ class BlockPruner:
             weights, records = finished
             self._show(index, "from the journal")
             self._bar.update(len(records))
-            self._with_room(self._settle)
-            if self.dense is not None:
-                self.dense.pass_through(copy_of(block))
+            self.streams.settle()
+            if self.streams.have_dense:
+                self.streams.pass_dense_block(copy_of(block))
             self._put(index, block, weights)
-            self.inputs.pass_through(block)
+            self.streams.pass_block(block)
             self.loader.prefetch(index + 1)
             self.report.capture_seconds += time.perf_counter() - start
             self.report.resumed += 1
             return records
-        if self.spec.config.sublayers or self.dense is not None:
+        if self.spec.config.sublayers or self.streams.have_dense:
             dense = copy_of(block)
             try:
                 weights, records = self._prune_beside(dense, block, index)
-                if self.dense is not None:
-                    self.dense.pass_through(dense)
+                self.streams.pass_dense_block(dense)
                 if self.spec.config.reconstruction_epochs:
                     self._reconstruct(block, index, weights, records)
                 self._save(index, weights, records)
@@ -118,16 +108,16 @@ class BlockPruner:
             weights, records = self._prune_groups(block, index)
             self._save(index, weights, records)
         self._put(index, block, weights)
-        self.inputs.pass_through(block)
+        self.streams.pass_block(block)
         return records
 
     def _prune_groups(
-        self, block: nn.Module, index: int, names: list[str] | None = None, dense: DenseStream | None = None
+        self, block: nn.Module, index: int, sublayer: Sublayer | None = None, dense: nn.Module | None = None
     ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-        """Capture and solve a block as a whole, or one group of its layers; returns weights (out, in) and records."""
+        """Capture and solve a block as a whole, or one sublayer; returns weights (out, in) and records."""
         start = time.perf_counter()
         self._show(index, "Gram matrices")
-        groups, owners = self._capture(block, index, names, dense)
+        groups, owners = self._capture(block, index, sublayer, dense)
         # Only now: while the batches went through the block before this one, that block was still in memory, and each
         # Gram matrix was still a sum in float64.
         self.loader.prefetch(index + 1)
@@ -141,41 +131,31 @@ class BlockPruner:
         self, dense: nn.Module, block: nn.Module, index: int
     ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
         """Prune a block with its dense copy at hand; returns weights (out, in), which it has already, and records."""
-        config, stream = self.spec.config, None
-        if self.dense is not None and config.dense_targets:
-            stream = DenseStream(self.dense, dense)
+        start = time.perf_counter()
+        sublayers: Sequence[Sublayer | None] = [None]
+        if self.spec.config.sublayers:
+            sublayers = self._captured(index, lambda: self.streams.find_sublayers(block))
+        self.report.capture_seconds += time.perf_counter() - start
         weights: dict[str, Tensor] = {}
         records: list[LayerRecord] = []
-        start = time.perf_counter()
-        for names in self._find_groups(block, index) if config.sublayers else [None]:
-            self.report.capture_seconds += time.perf_counter() - start
-            found, more = self._prune_groups(block, index, names, stream)
+        for sublayer in sublayers:
+            found, more = self._prune_groups(block, index, sublayer, dense)
             _write(block, found)
             weights |= found
             records += more
-            start = time.perf_counter()
         return weights, records
-
-    def _find_groups(self, block: nn.Module, index: int) -> list[list[str]]:
-        try:
-            with self.ranks.errors_shared():
-                return self._with_room(lambda: find_groups(block, self.inputs))
-        except (ValueError, RuntimeError) as error:
-            raise self._failed(index, "captured", error) from error
 
     def _reconstruct(
         self, block: nn.Module, index: int, weights: dict[str, Tensor], records: list[LayerRecord]
     ) -> None:
         """Train what is left of a block's weights (out, in); the dense stream passes the dense block."""
-        assert self.dense is not None
         start = time.perf_counter()
         self._show(index, "reconstruction")
         try:
             with self.ranks.errors_shared():
                 # What the dense model has after this block is what the pruned block is to return.
-                self._settle()
-            targets = [batch.hidden for batch in self.dense.batches]
-            errors = reconstruct(block, self.inputs.batches, targets, self.spec.config, seed=index, ranks=self.ranks)
+                inputs, targets = self.streams.pairs()
+            errors = reconstruct(block, inputs, targets, self.spec.config, seed=index, ranks=self.ranks)
         except (ValueError, RuntimeError) as error:
             raise self._failed(index, "reconstructed", error, " reconstruction_epochs = 0 leaves it out.") from error
         linears = find_linears(block)
@@ -184,28 +164,6 @@ class BlockPruner:
             record.zeros = int((weights[record.layer] == 0).sum())
             record.block_error = errors
         self.report.reconstruction_seconds += time.perf_counter() - start
-
-    def _settle(self) -> None:
-        """Bring all hidden states through the block that was passed last."""
-        self.inputs.settle()
-        if self.dense is not None:
-            self.dense.settle()
-
-    def _with_room(self, work: Callable[[], T]) -> T:
-        """Do some work that runs all batches through a block, in smaller ones from where memory has run out on."""
-
-        def sized(batch_size: int) -> T:
-            if batch_size < self.inputs.batch_size:
-                assert self._record is not None
-                recorded = self._record(batch_size)
-                self.inputs.split(batch_size, recorded)
-                if self.dense is not None:
-                    self.dense.split(batch_size, recorded)
-            return work()
-
-        # Processes that share the windows would have to agree on it.
-        retries = self.ranks.size == 1 and self._record is not None
-        return with_room("calibration", sized, self.inputs.batch_size, self._on_retry, done="captured", retries=retries)
 
     def _save(self, index: int, weights: dict[str, Tensor], records: list[LayerRecord]) -> None:
         """Bring a block's weights (out, in) to the disk before the model's change."""
@@ -222,26 +180,24 @@ class BlockPruner:
             file = None if self.journal_dir is None else block_file(self.journal_dir, index)
             self.loader.write_back(index, weights, file)
 
+    def _captured(self, index: int, work: Callable[[], T]) -> T:
+        """Do some work that captures, with errors that say so and that reach the other processes."""
+        try:
+            with self.ranks.errors_shared():
+                return work()
+        except (ValueError, RuntimeError) as error:
+            raise self._failed(index, "captured", error) from error
+
     def _capture(
-        self, block: nn.Module, index: int, names: list[str] | None, dense: DenseStream | None
+        self, block: nn.Module, index: int, sublayer: Sublayer | None, dense: nn.Module | None
     ) -> tuple[list[InputGroup], list[int]]:
-        """Sum the Gram matrices of all groups, or of one that has these layers, in the block as it is now.
+        """Sum Gram matrices over the windows of all processes.
 
         Returns:
             The groups, and the rank that solves each, which has its matrices (in, in).
         """
-        config = self.spec.config
-        tf32 = config.precision == "tf32"
-        try:
-            with self.ranks.errors_shared():
-                if names is None:
-                    groups = self._with_room(lambda: accumulate_grams(block, self.inputs, tf32=tf32))
-                else:
-                    groups = [
-                        self._with_room(lambda: accumulate_group(block, self.inputs, names, dense=dense, tf32=tf32))
-                    ]
-        except (ValueError, RuntimeError) as error:
-            raise self._failed(index, "captured", error) from error
+        groups = self._captured(index, lambda: self.streams.capture(block, sublayer, dense))
+        dtype = self.spec.config.dtype
         linears = find_linears(block)
         # A product with the Gram matrix (in, in) costs in² · out, and the solver's time is nearly all such products.
         costs = [len(g.gram) ** 2 * sum(len(weight_of(linears[name])) for name in g.names) for g in groups]
@@ -250,10 +206,10 @@ class BlockPruner:
             self.ranks.reduce(group.gram, owner)
             is_mine = owner == self.ranks.rank
             # The owner turns the sum (in, in) from float64 into the solver's dtype; the other ranks drop theirs.
-            group.gram = group.gram.to(config.dtype) if is_mine else group.gram.new_empty(0)
+            group.gram = group.gram.to(dtype) if is_mine else group.gram.new_empty(0)
             if group.drift is not None:
                 self.ranks.reduce(group.drift, owner)
-                group.drift = group.drift.to(config.dtype) if is_mine else None
+                group.drift = group.drift.to(dtype) if is_mine else None
         return groups, owners
 
     def _solve(

@@ -17,7 +17,15 @@ from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
 from ..capture.block_inputs import BlockInputs, record_inputs
-from ..capture.hidden_states import HiddenStateStore, NoStore, Storage, check_storage, choose_storage, pinned_bytes
+from ..capture.hidden_states import (
+    HiddenStateStore,
+    NoStore,
+    Storage,
+    check_storage,
+    choose_storage,
+    has_room,
+    pinned_bytes,
+)
 from ..data.batches import CALIBRATION_TOKENS, TokenBatches, Windows
 from ..distributed import Ranks
 from ..models.blocks import evaluation_mode, find_blocks, find_linears, weight_of
@@ -36,6 +44,7 @@ from .allocation import allocate, layer_sizes
 from .block_pruner import BlockPruner
 from .checks import check_weights, check_windows
 from .journal import Journal, fingerprint
+from .streams import Streams
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +168,9 @@ def prune_model(
     journal_seconds = 0.0 if journal is None else time.perf_counter() - started
     journal_dir = None if journal_dir is None else Path(journal_dir)
     loader = BlockLoader(blocks, device)
+    working = _working_bytes(batches, spec, loader)
     if hidden_states == "auto":
-        hidden_states = _choose_storage(model, batches, spec, loader)
+        hidden_states = _choose_storage(model, batches, spec, loader.device, working)
     shapes = [weight_of(linear).shape for _, linear in blocks.linears()]
     started = time.perf_counter()
     forget_peak(device)
@@ -184,7 +194,9 @@ def prune_model(
         )
         patterns = _allocate(loader, inputs, store, spec, ranks, journal)
         dense = inputs.twin(store) if spec.config.has_dense_stream else None
-        pruner = BlockPruner(loader, inputs, spec, ranks, journal, journal_dir, bar, dense, patterns, record, on_retry)
+        keeps = partial(has_room, device=loader.device, working=working) if hidden_states != "disk" else _keeps_nothing
+        streams = Streams(inputs, spec.config, ranks, dense=dense, record=record, on_retry=on_retry, has_room=keeps)
+        pruner = BlockPruner(loader, streams, spec, ranks, journal, journal_dir, bar, patterns, on_retry)
         pruner.report.capture_seconds = time.perf_counter() - started
         pruner.report.journal_seconds = journal_seconds
         for records in pruner.run():
@@ -248,9 +260,10 @@ def _allocate(
     return {layer.path: spec.pattern.with_zeros(zeros[layer.path], layer.size) for layer in sizes}
 
 
-def _choose_storage(model: nn.Module, batches: list[Tensor], spec: PruningSpec, loader: BlockLoader) -> Storage:
-    """Choose where the hidden states of batches go, with room on the device for a block at work and its solver."""
-    shapes = [weight_of(linear).shape for linear in find_linears(loader.blocks.modules[0]).values()]
+def _working_bytes(batches: list[Tensor], spec: PruningSpec, loader: BlockLoader) -> int:
+    """Count the bytes that a block at work, its Gram matrices and its solver need on the device."""
+    linears = find_linears(loader.blocks.modules[0]).values()
+    shapes = [weight_of(linear).shape for linear in linears]
     config, item = spec.config, spec.config.dtype.itemsize
     # Each distinct input has a Gram matrix (in, in), a sum in float64 that is then copied.
     grams = 2 * sum({inputs: 8 * inputs**2 for _, inputs in shapes}.values())
@@ -258,10 +271,20 @@ def _choose_storage(model: nn.Module, batches: list[Tensor], spec: PruningSpec, 
     solver = max(solver_bytes(s, config.dtype, config.memory_budget) + matrices * s[1] ** 2 for s in shapes)
     # Three blocks may be on the device: the one at work, the one before it and the one that is read meanwhile.
     working = grams + solver + 3 * loader.block_bytes()
-    streams = 2 if config.has_dense_stream or config.measures_dense else 1
     # In a block the outputs of its layers (tokens, out) may all be there, and the widest input in float32.
-    sizes = [batch.numel() * hidden_bytes(model) for batch in batches]
-    item = weight_of(next(iter(find_linears(loader.blocks.modules[0]).values()))).element_size()
+    item = next(weight_of(linear).element_size() for linear in linears)
     in_a_block = item * sum(outputs for outputs, _ in shapes) + 4 * max(inputs for _, inputs in shapes)
-    working += max(batch.numel() for batch in batches) * in_a_block
-    return choose_storage(streams * sum(sizes), loader.device, working, pinned=streams * sum(map(pinned_bytes, sizes)))
+    return working + max(batch.numel() for batch in batches) * in_a_block
+
+
+def _choose_storage(
+    model: nn.Module, batches: list[Tensor], spec: PruningSpec, device: torch.device, working: int
+) -> Storage:
+    """Choose where the hidden states of batches go, with room on the device for what works there."""
+    streams = 2 if spec.config.has_dense_stream or spec.config.measures_dense else 1
+    sizes = [batch.numel() * hidden_bytes(model) for batch in batches]
+    return choose_storage(streams * sum(sizes), device, working, pinned=streams * sum(map(pinned_bytes, sizes)))
+
+
+def _keeps_nothing(_: int) -> bool:
+    return False
