@@ -296,10 +296,13 @@ def _reconstruct(shape: ModelShape, job: Job, device: Device) -> Phase:
     flops = shape.blocks * passes * _forward_flops(shape, job, tokens)
     block, weights = shape.block_counts(size), sum(layer.weights for layer in shape.layers)
     steps = epochs * job.samples
-    # In float32: weight, mask, best weight, gradient, two moments. A step reads and writes the most of them.
-    moved = tokens * epochs * block.training + steps * weights * 4.0 * 12
+    # A step of Adam reads and writes seven numbers a weight in float32. Before it the gradient is read and written where
+    # there are zeros; where the model is in half precision, weight and gradient are also turned from one to the other.
+    turned = 2 * (4 + size) if size < 4 else 0
+    moved = tokens * epochs * block.training + steps * weights * (4.0 * 7 + 4 + 1 + 4 + turned)
     seconds = flops / _rate(job, device) + shape.blocks * moved / device.bandwidth_uncached
-    working = job.calibration_batch * job.seqlen * block.saved + weights * (4.0 * 6 + 2 * size)
+    # In float32: weight, best weight, gradient, two moments; and where there are zeros.
+    working = job.calibration_batch * job.seqlen * block.saved + weights * (4.0 * 5 + 1 + 2 * size)
     memory = device.baseline_bytes + _resident(shape, job) + 2 * _hidden(shape, job) + working
     return Phase("reconstruct", flops, seconds, memory + _block_bytes(shape, job))
 

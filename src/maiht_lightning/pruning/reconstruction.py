@@ -61,12 +61,12 @@ def reconstruct(
     with _differentiable():
         names = [f"{name}.weight" for name in find_linears(block)]
         weights = {name: block.get_parameter(name).detach().float().clone().requires_grad_() for name in names}
-        masks = {name: (weight != 0).float() for name, weight in weights.items()}
+        zeros = [weight.detach() == 0 for weight in weights.values()]
         dtype = block.get_parameter(names[0]).dtype
 
         def error(batch: Batch, target: Tensor) -> Tensor:
-            masked = {name: (weight * masks[name]).to(dtype) for name, weight in weights.items()}
-            output = batch.run(lambda *args, **kwargs: functional_call(block, masked, args, kwargs))
+            rounded = {name: weight.to(dtype) for name, weight in weights.items()}
+            output = batch.run(lambda *args, **kwargs: functional_call(block, rounded, args, kwargs))
             return relative_error_per_token(output, target.to(output.device)).mean()
 
         def held_out_error() -> float:
@@ -100,9 +100,10 @@ def reconstruct(
                     gradients = torch.autograd.grad(
                         error(*training[index]), list(weights.values()), allow_unused=True, materialize_grads=True
                     )
-                for weight, gradient in zip(weights.values(), gradients, strict=True):
-                    # Processes sum tensors whose numbers lie in the same order.
-                    weight.grad = gradient.contiguous()
+                for weight, gradient, zero in zip(weights.values(), gradients, zeros, strict=True):
+                    # Without a gradient, ever, Adam leaves a zero as it is. Processes sum tensors whose numbers lie in
+                    # the same order.
+                    weight.grad = gradient.contiguous().masked_fill_(zero, 0.0)
                     ranks.all_reduce(weight.grad)
                     weight.grad /= ranks.size
                 with ranks.errors_shared():
@@ -114,7 +115,7 @@ def reconstruct(
         if best < start:
             with torch.no_grad():
                 for name, weight in kept.items():
-                    block.get_parameter(name).copy_(weight * masks[name])
+                    block.get_parameter(name).copy_(weight)
     return start, best
 
 
