@@ -86,6 +86,8 @@ class Streams:
         Raises:
             ValueError: As `accumulate_grams` does.
         """
+        # What was kept of the block before is gone once both streams have passed it.
+        self.settle()
         groups, entries = self._with_room(lambda: find_groups(block, self._inputs))
         linears, batches = find_linears(block), self._inputs.batches
         # What these layers see in both streams, (tokens, in) each.
