@@ -235,6 +235,18 @@ def test_every_method_takes_what_is_done_beyond_the_layer(make, method):
     assert changed(model, state(other))
 
 
+@pytest.mark.parametrize("config", ["paper", QUICK], ids=["paper", "all parts"])
+def test_compiled_blocks_are_pruned_as_others(make, config):
+    compiled, plain = make(), make()
+    for block in find_blocks(compiled).modules:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        compiled(WINDOWS[:1])
+    prune(compiled, WINDOWS, config=config, progress=False)
+    prune(plain, WINDOWS, config=config, progress=False)
+    assert same_weights(compiled, plain)
+
+
 def test_works_in_inference_mode(make):
     model, other = make(num_hidden_layers=2), make(num_hidden_layers=2)
     with torch.inference_mode():

@@ -179,6 +179,8 @@ def prune_model(
     with (
         torch.inference_mode(inference_mode),
         torch.no_grad(),
+        # Compiled blocks do not see the hooks that come and go here.
+        torch.compiler.set_stance("force_eager"),
         evaluation_mode(model),
         loader,
         HiddenStateStore(hidden_states, loader.device, journal_dir.parent if journal_dir else None) as store,
