@@ -296,8 +296,8 @@ def _reconstruct(shape: ModelShape, job: Job, device: Device) -> Phase:
     flops = shape.blocks * passes * _forward_flops(shape, job, tokens)
     block, weights = shape.block_counts(size), sum(layer.weights for layer in shape.layers)
     steps = epochs * job.samples
-    # A step of Adam reads and writes seven numbers a weight in float32. Before it the gradient is read and written where
-    # there are zeros; where the model is in half precision, weight and gradient are also turned from one to the other.
+    # A step of Adam reads and writes seven numbers a weight in float32. Before it the gradient is read and written with
+    # its zeros; where the model is in half precision, weight and gradient are also turned from one to the other.
     turned = 2 * (4 + size) if size < 4 else 0
     moved = tokens * epochs * block.training + steps * weights * (4.0 * 7 + 4 + 1 + 4 + turned)
     seconds = flops / _rate(job, device) + shape.blocks * moved / device.bandwidth_uncached

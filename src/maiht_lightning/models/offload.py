@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .blocks import DecoderBlocks, find_linears, weight_of, write_weight
 
-# A copy takes over neither PyTorch's own tables, nor the forward that Accelerate's hooks have put before a module's own,
-# nor a compiled call, which would run the module that was copied.
+# A copy takes over neither PyTorch's own tables, nor the forward that Accelerate's hooks have put before a module's
+# own, nor a compiled call, which would run the module that was copied.
 _NOT_COPIED = set(vars(nn.Module())) - {"training"} | {"forward", "_old_forward", "_hf_hook", "_compiled_call_impl"}
 
 
