@@ -1,8 +1,9 @@
 """Benchmark the pruning of a model of LLaMA's shape with random weights and tokens, phase by phase.
 
     python scripts/bench_llama7b.py --output bench.json                     # 7B, whole, 128 x 2048 tokens
+    python scripts/bench_llama7b.py --config balanced
     python scripts/bench_llama7b.py --model 70b-shape --offload cpu --blocks 4
-    python scripts/bench_llama7b.py --blocks 1 --samples 1 --seqlen 128 --iterations 2 --refine-iterations 1  # CPU
+    python scripts/bench_llama7b.py --blocks 1 --samples 1 --seqlen 128 --config paper,iterations=2
 
 For each phase: seconds, matrix products per second as a fraction of what this machine was measured to do in their
 format, and peak memory. Beside it stands what `maiht estimate` predicts for this machine and for others.
@@ -28,7 +29,7 @@ from maiht_lightning.estimate.plan import Estimate, Job, estimate
 from maiht_lightning.estimate.shape import ModelShape
 from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.reporting.environment import peak_memory_bytes
-from maiht_lightning.solvers import MAIHTConfig
+from maiht_lightning.solvers import resolve_config
 
 # hidden, inner, blocks, heads, key and value heads, vocabulary
 SHAPES = {
@@ -72,7 +73,7 @@ def make_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device | s
 
 def rate_of(phase: str, job: Job, device: Any) -> float:
     """Choose the rate of a phase's products, by the format of most of them."""
-    if phase == "capture":
+    if phase != "solve":
         return device.flops_bf16 if job.itemsize == 2 else device.flops_fp32
     precision = job.spec.on("cpu" if device.is_host else "cuda").config.precision
     if precision in ("fp16x3", "mixed"):
@@ -117,7 +118,11 @@ def bench(name: str, blocks: int | None, job: Job, device: torch.device, local: 
 
     predicted: dict[str, Estimate] = {"local": estimate(shape, job, local)}
     predicted |= {sheet: estimate(shape, job, SHEETS[sheet]) for sheet in ("a100-80gb", "h100-80gb")}
-    measured = {"capture": report.capture_seconds, "solve": report.solve_seconds}
+    measured = {
+        "capture": report.capture_seconds,
+        "solve": report.solve_seconds,
+        "reconstruct": report.reconstruction_seconds,
+    }
     phases: dict[str, dict[str, Any]] = {}
     for phase in predicted["local"].phases:
         achieved = phase.flops / measured[phase.name]
@@ -154,24 +159,19 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--method", default="maiht")
-    parser.add_argument("--iterations", type=int, default=50)
-    parser.add_argument("--refine-iterations", type=int, default=30)
-    parser.add_argument("--precision", choices=["auto", "float32", "tf32", "fp16x3", "mixed"], default="auto")
+    parser.add_argument("--config", default="paper", help="A preset, perhaps with changes: paper,precision=tf32.")
     parser.add_argument("--offload", choices=["none", "cpu"], default="none")
     parser.add_argument("--output", type=Path, help="JSON file.")
     options = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = MAIHTConfig(
-        iterations=options.iterations, refine_iterations=options.refine_iterations, precision=options.precision
-    )
     job = Job(
         dtype=options.dtype,
         samples=options.samples,
         seqlen=options.seqlen,
         batch_size=min(options.batch_size, options.samples),
         method=options.method,
-        config=config,
+        config=resolve_config(options.config, options.method),
         offload=options.offload,
         eval_windows=0,
     )

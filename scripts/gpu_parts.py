@@ -182,10 +182,12 @@ def fusing(setting: Setting) -> Iterator[Row]:
         yield Row(f"{preset}: error by that without, − 1", abs(error), most=3e-3)
 
 
-def llama7b(setting: Setting, precision: str, offload: Literal["none", "cpu"] = "none") -> Iterator[Row]:
+def llama7b(
+    setting: Setting, precision: str, offload: Literal["none", "cpu"] = "none", preset: str = "paper"
+) -> Iterator[Row]:
     """LLaMA-7B's shape, phase by phase beside its prediction: as many blocks as there is time for."""
     name = "tiny" if setting.small else "7b"
-    config = replace(resolve_config("paper"), precision=precision)  # type: ignore[arg-type]
+    config = replace(resolve_config(preset), precision=precision)  # type: ignore[arg-type]
     job = Job(config=config, offload=offload, eval_windows=0)
     if setting.small:
         config = replace(config, iterations=4, refine_iterations=2)
@@ -199,7 +201,8 @@ def llama7b(setting: Setting, precision: str, offload: Literal["none", "cpu"] = 
     if blocks < 1:
         raise Skipped(f"a block is predicted to take {whole / shape.blocks:.0f} s, which is more than there is")
     found = bench(name, blocks, job, setting.device, local)
-    limited = not setting.small
+    # What is promised of time and memory is promised of the published setting.
+    limited = not setting.small and preset == "paper"
     said = f"{blocks} of {shape.blocks} blocks"
     yield Row("zeros", found["sparsity"], least=job.sparsity, most=job.sparsity, note=said)
     total = 0.0
@@ -213,7 +216,7 @@ def llama7b(setting: Setting, precision: str, offload: Literal["none", "cpu"] = 
         most = next((value for word, value in SECONDS.items() if word in found["device"]), None)
         most = most if limited and precision == "auto" else None
         everything = total * shape.blocks / blocks
-        yield Row("capture and solve of all blocks", everything, "s", whole, most=most, note=f"from {said}")
+        yield Row("all phases of all blocks", everything, "s", whole, most=most, note=f"from {said}")
     predicted = found["predicted_peak_bytes"]["local"] / 1e9
     limit = MEMORY[offload] / 1e9 if (limited and blocks == shape.blocks) or (offload != "none" and limited) else None
     yield Row("peak memory", found["peak_bytes"] / 1e9, "GB", predicted, most=limit, note=said)
@@ -241,6 +244,7 @@ PARTS = {
     "fusing": Part(fusing, 8),
     "7b auto": Part(partial(llama7b, precision="auto"), 22),
     "7b tf32": Part(partial(llama7b, precision="tf32"), 22),
+    "7b auto, balanced": Part(partial(llama7b, precision="auto", preset="balanced"), 22),
     "7b auto, offload cpu": Part(partial(llama7b, precision="auto", offload="cpu"), 8),
     "7b float32": Part(partial(llama7b, precision="float32"), 22),
 }

@@ -140,7 +140,7 @@ def test_as_many_blocks_as_there_is_time_for(parts, monkeypatch, seconds, blocks
     monkeypatch.setattr(parts, "estimate", lambda *_: SimpleNamespace(phases=[SimpleNamespace(seconds=100.0)]))
 
     def bench(name, blocks, job, device, local):
-        asked.append((name, blocks, job.config.precision, job.dtype))
+        asked.append((name, blocks, job.config.precision, job.config.reconstruction_epochs, job.dtype))
         phase = {"seconds": 1.0, "predicted_seconds": {"local": 2.0}, "fraction_of_measured_peak": 0.5}
         return {"sparsity": 0.5, "phases": {"solve": phase}, "device": "an H100"} | {
             "predicted_peak_bytes": {"local": 1e9},
@@ -153,10 +153,10 @@ def test_as_many_blocks_as_there_is_time_for(parts, monkeypatch, seconds, blocks
         with pytest.raises(parts.Skipped, match="a block is predicted to take 50 s"):
             list(parts.llama7b(setting, "tf32"))
         return
-    rows = {row.what: row for row in parts.llama7b(setting, "tf32")}
-    assert asked == [("tiny", blocks, "tf32", "bfloat16")]
+    rows = {row.what: row for row in parts.llama7b(setting, "tf32", preset="balanced")}
+    assert asked == [("tiny", blocks, "tf32", 1, "bfloat16")]
     assert (rows["solve"].found, rows["solve"].predicted) == (1.0, 2.0)
-    assert rows["capture and solve of all blocks"].found == 2 / blocks
+    assert rows["all phases of all blocks"].found == 2 / blocks
     assert (rows["peak memory"].found, rows["peak memory"].predicted) == (2.0, 1.0)
     assert not any(row.fell_short for row in rows.values())
 
@@ -173,23 +173,27 @@ def test_without_a_gpu_a_rehearsal_is_offered(check, monkeypatch, capsys):
 @pytest.mark.timeout(1800)
 def test_the_rehearsal(tmp_path):
     """For real, with more time than it takes beside other work."""
-    output, wanted = tmp_path / "found.json", ["tests", "precision", "fusing", "7b auto, offload cpu"]
+    output, wanted = (
+        tmp_path / "found.json",
+        ["tests", "precision", "fusing", "7b auto, balanced", "7b auto, offload cpu"],
+    )
     command = [sys.executable, SCRIPTS / "gpu_check.py", "--device", "cpu", "--small", "--minutes", "60"]
     done = subprocess.run(
         [*command, "--output", output, "--parts", *wanted], capture_output=True, text=True, check=False
     )
     found = json.loads(output.read_text())
     assert [part["part"] for part in found["parts"]] == wanted
-    assert [(part["failure"], part["skipped"]) for part in found["parts"]] == [("", "")] * 4, done.stderr[-2000:]
+    assert [(part["failure"], part["skipped"]) for part in found["parts"]] == [("", "")] * 5, done.stderr[-2000:]
     rows = {part["part"]: {row["what"]: row for row in part["rows"]} for part in found["parts"]}
     assert all(row["found"] == 0 for row in rows["tests"].values())
     assert any("test_the_same_result_twice[mixed]" in name for name in rows["tests"])
     assert {name.partition(":")[0] for name in rows["precision"]} == {"random, fp16x3", "random, mixed"}
     assert len(rows["fusing"]) == 6
     assert all(row["found"] == 0 for name, row in rows["fusing"].items() if "error" in name)
-    pruned = rows["7b auto, offload cpu"]
-    assert pruned["zeros"]["found"] == 0.5
-    assert all(pruned[name]["found"] > 0 and pruned[name]["predicted"] > 0 for name in ("capture", "solve"))
+    for part, phases in (("balanced", ["capture", "solve", "reconstruct"]), ("offload cpu", ["capture", "solve"])):
+        pruned = rows[f"7b auto, {part}"]
+        assert pruned["zeros"]["found"] == 0.5
+        assert all(pruned[name]["found"] > 0 and pruned[name]["predicted"] > 0 for name in phases)
     last = done.stdout.strip().rpartition("\n")[2]
     assert last == f"fell short: {'; '.join(found['fell_short']) or 'nothing'}"
     assert done.returncode == bool(found["fell_short"])
