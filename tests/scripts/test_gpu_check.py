@@ -173,10 +173,8 @@ def test_without_a_gpu_a_rehearsal_is_offered(check, monkeypatch, capsys):
 @pytest.mark.timeout(1800)
 def test_the_rehearsal(tmp_path):
     """For real, with more time than it takes beside other work."""
-    output, wanted = (
-        tmp_path / "found.json",
-        ["tests", "precision", "fusing", "7b auto, balanced", "7b auto, offload cpu"],
-    )
+    output = tmp_path / "found.json"
+    wanted = ["tests", "precision", "fusing", "7b auto, balanced", "7b auto, offload cpu"]
     command = [sys.executable, SCRIPTS / "gpu_check.py", "--device", "cpu", "--small", "--minutes", "60"]
     done = subprocess.run(
         [*command, "--output", output, "--parts", *wanted], capture_output=True, text=True, check=False
