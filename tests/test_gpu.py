@@ -195,6 +195,15 @@ def test_where_hidden_states_wait_does_not_matter(gpu, tmp_path, hidden_states):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_block_sees_is_kept_or_computed_again(gpu, monkeypatch, dtype):
+    config, model = replace(resolve_config("balanced"), iterations=6, refine_iterations=3), llama(dtype).to(gpu)
+    _, kept = pruned(copy.deepcopy(model), config=config, hidden_states="device")
+    monkeypatch.setattr("maiht_lightning.pruning.pruner.has_room", lambda *_, **__: False)
+    _, anew = pruned(model, config=config, hidden_states="device")
+    assert_same(anew, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_elsewhere_are_pruned_and_measured_as_those_on_the_gpu(gpu, tmp_path, monkeypatch, dtype):
     """In host memory (`offload: cpu`) and on disk (`offload: disk`): weights, perplexity and a task's accuracy."""
     monkeypatch.setenv("MAIHT_DATA_DIR", str(tmp_path / "data"))
