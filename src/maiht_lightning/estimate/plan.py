@@ -156,10 +156,10 @@ def _finetune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
 
 
 def _prune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
-    # What layers see is kept while a block is pruned, if there is room for it.
+    # What layers see is kept while a block is pruned, if there is room for it: a tenth of the memory is left free.
     for keeps in (True, False) if job.settings.sublayers else (False,):
         phases = _capture(shape, job, device, keeps), _solve(shape, job, device, keeps)
-        if all(phase.device_bytes <= device.memory for phase in phases):
+        if all(phase.device_bytes <= 0.9 * device.memory for phase in phases):
             break
     yield from phases
     if job.settings.reconstruction_epochs:
