@@ -149,6 +149,7 @@ def captured(family, keeps):
     found = []
     for names in groups:
         entry = next((entry for entry in entries if keeps and entry.layer in names), None)
+        stream.entry = entry
         group = accumulate_group(block, inputs, names, dense=stream, entry=entry)
         found += [group.gram, group.drift]
         for name in names:

@@ -196,30 +196,39 @@ def test_the_solvers_products_are_counted(llama):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_what_a_block_sees_is_kept_where_that_fits(llama, epochs):
+def test_what_a_block_sees_is_kept_where_that_fits(llama, monkeypatch, epochs):
     """By hand, LLaMA-7B: of what leads to the inputs of o and down, only these layers run again."""
-    square, wide, config = 4096**2, 4096 * 11008, replace(PRESETS["balanced"], reconstruction_epochs=epochs)
-    # Up to the inputs of o, of gate and up, of down, and all: without anything known, and with it.
-    anew = (3 + 4 + 4 + 4) * square + (2 + 3) * wide, 4
-    kept = (3 + 1 + 1 + 1) * square + (2 + 1) * wide, 1
-    # Where the pruned block is trained, what was known of it is of no use for its last pass.
-    pruned = (kept[0] + (3 * square + 2 * wide) * epochs, kept[1] + epochs)
+    config = replace(PRESETS["balanced"], reconstruction_epochs=epochs)
 
-    def passes(*streams):
-        return 32 * sum(2 * TOKENS * weights + 128 * times * ATTENTION for weights, times in streams)
+    def found(gigabytes):
+        monkeypatch.setitem(SHEETS, "a100-80gb", replace(SHEETS["a100-80gb"], memory=int(gigabytes * 1e9)))
+        return phases_of(llama, Job(config=config))
 
-    roomy, small = (
-        phases_of(llama, Job(config=config, offload=offload), gpu)
-        for offload, gpu in (("none", "a100-80gb"), ("cpu", "rtx4090"))
+    def passes(square, wide, attention):
+        weights = square * 4096**2 + wide * 4096 * 11008
+        return 32 * (2 * TOKENS * weights + 128 * attention * ATTENTION)
+
+    # A model's passes up to the inputs of o, of gate and up, of down, and all: with nothing known, with the input of o,
+    # and with that of down as well.
+    nothing, at_o, at_both = passes(15, 5, 4), passes(6, 5, 1), passes(6, 3, 1)
+    # A block that is trained is passed anew as a whole.
+    pruned_at_o = at_o + passes(3, 0, 1) * epochs
+    pruned_at_both = pruned_at_o if epochs else at_both
+    attention, mlp = 2 * TOKENS * 4096, 2 * TOKENS * 11008
+    none, all_of_it = found(15), found(1000)
+    assert all_of_it["capture"].flops - none["capture"].flops == pytest.approx(
+        pruned_at_both + at_both - 2 * nothing, rel=1e-9
     )
-    saved = passes(anew, anew) - passes(kept, pruned)
-    assert small["capture"].flops - roomy["capture"].flops == pytest.approx(saved, rel=1e-9)
-    # Both models' inputs, in half precision, while layers are captured and while they are solved.
-    inputs = 2 * 2 * TOKENS * (4096 + 11008)
-    large = phases_of(llama, Job(config=config, offload="cpu"), "a100-80gb")
+    # In half precision, while layers are captured and while they are solved.
+    kept = 2 * attention + mlp * (2 - epochs)
     for name in ("capture", "solve"):
-        assert large[name].device_bytes - small[name].device_bytes == pytest.approx(inputs, rel=1e-9)
-    assert large["solve"].device_bytes > SHEETS["rtx4090"].memory
+        assert all_of_it[name].device_bytes - none[name].device_bytes == pytest.approx(kept, rel=1e-9)
+    # A tenth of the memory is left; without room for more, the pruned block's o comes first, and then the dense one's.
+    least = none["solve"].device_bytes
+    for room, expected in ((attention, pruned_at_o + nothing), (2 * attention, pruned_at_o + at_o)):
+        some = found((least + room) / 0.9e9 + 0.01)
+        assert some["capture"].flops - none["capture"].flops == pytest.approx(expected - 2 * nothing, rel=1e-9)
+        assert some["solve"].device_bytes == pytest.approx(least + room, rel=1e-9)
 
 
 @pytest.mark.slow

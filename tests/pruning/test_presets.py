@@ -293,10 +293,21 @@ def test_what_is_kept_of_a_block_while_it_is_pruned_changes_no_weight(make, monk
 
 def test_what_a_block_sees_is_kept_where_there_is_room_for_both_models(make, monkeypatch):
     asked = []
-    monkeypatch.setattr("maiht_lightning.pruning.pruner.has_room", lambda size, **where: asked.append((size, where)))
+    monkeypatch.setattr(
+        "maiht_lightning.pruning.pruner.has_room", lambda size, **where: asked.append((size, where)) or True
+    )
     prune(make(), WINDOWS, config=QUICK, progress=False, hidden_states="device")
-    # Of 6 windows of 12 tokens the inputs of o_proj and down_proj, 32 and 48 numbers of 4 bytes.
-    assert [size for size, _ in asked] == 3 * [2 * 6 * 12 * (32 + 48) * 4]
+    # Of 6 windows of 12 tokens the inputs of o_proj, 32 numbers of 4 bytes. Of those of down_proj, 48 numbers, the
+    # dense block's alone: the pruned one is trained before it is passed.
+    attention, mlp = 6 * 12 * 32 * 4, 6 * 12 * 48 * 4
+    in_a_block = [attention, 2 * attention, 2 * attention + mlp]
+    assert [size for size, _ in asked] == 3 * in_a_block
+    asked.clear()
+    prune(make(), WINDOWS, config=STAGES["dense targets"], progress=False, hidden_states="device")
+    assert [size for size, _ in asked] == 3 * [*in_a_block[:2], 2 * attention + mlp, 2 * attention + 2 * mlp]
+    asked.clear()
+    prune(make(), WINDOWS, config=STAGES["sublayers"], progress=False, hidden_states="device")
+    assert [size for size, _ in asked] == 3 * [attention, attention + mlp]
     assert all(where["device"] == torch.device("cpu") and where["working"] > 0 for _, where in asked)
 
 

@@ -26,10 +26,12 @@ class DenseStream:
     Args:
         inputs: The dense inputs of the next block, batch for batch those of the pruned model.
         block: The dense block, once it is known.
+        entry: Keep the group's inputs, as `accumulate_group` does with its own.
     """
 
     inputs: BlockInputs
     block: nn.Module
+    entry: Entry | None = None
 
 
 @torch.no_grad()
@@ -91,7 +93,7 @@ def accumulate_group(
             add_gram(group.gram, as_factor(seen), buffer)
             if dense is not None and group.drift is not None and other is not None:
                 tokens = seen.float()
-                drift = _input_of(dense.block, names[0], other, entry).float() - tokens  # X_d − X (tokens, in)
+                drift = _input_of(dense.block, names[0], other, dense.entry).float() - tokens  # X_d − X (tokens, in)
                 add_product(group.drift, tokens, drift, buffer)
     assert group is not None
     mirror_(group.gram)

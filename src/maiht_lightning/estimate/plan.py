@@ -29,6 +29,9 @@ COMPILING = 3.0
 # float32 scale per 256 of them.
 OPTIMIZERS = {"adamw": lambda itemsize: 2 * itemsize, "adamw_8bit": lambda itemsize: 2 + 8 / 256}
 
+# An input that is kept while a block is pruned: whose it is, `pruned` or `dense`, and its number in the block.
+Known = tuple[str, int]
+
 
 def gram_flops(inputs: int, tokens: int, device: torch.device) -> float:
     """Count the operations of the upper triangle of XᵀX (in, in) for X (tokens, in), as it is computed in slices."""
@@ -156,11 +159,13 @@ def _finetune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
 
 
 def _prune(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
-    # What layers see is kept while a block is pruned, if there is room for it: a tenth of the memory is left free.
-    for keeps in (True, False) if job.settings.sublayers else (False,):
-        phases = _capture(shape, job, device, keeps), _solve(shape, job, device, keeps)
-        if all(phase.device_bytes <= 0.9 * device.memory for phase in phases):
+    # As much of what layers see is kept while a block is pruned as there is room for: a tenth of the memory is left.
+    known = _worth_keeping(shape, job)
+    while True:
+        phases = _capture(shape, job, device, known), _solve(shape, job, device, known)
+        if not known or all(phase.device_bytes <= 0.9 * device.memory for phase in phases):
             break
+        known = known[:-1]
     yield from phases
     if job.settings.reconstruction_epochs:
         yield _reconstruct(shape, job, device)
@@ -171,13 +176,24 @@ def _streams(job: Job) -> int:
     return 2 if job.settings.has_dense_stream else 1
 
 
-def _kept(shape: ModelShape, job: Job) -> float:
-    """Count the bytes of what is kept of a block's inside, for all streams that are captured."""
-    streams = 2 if job.settings.dense_targets else 1
-    return float(streams * job.samples * job.seqlen * shape.kept_width * job.itemsize)
+def _worth_keeping(shape: ModelShape, job: Job) -> list[Known]:
+    """List what layers see that is of use while a block is pruned, in the order in which it is seen."""
+    settings = job.settings
+    found: list[Known] = []
+    for group in shape.entries if settings.sublayers else ():
+        if not (settings.reconstruction_epochs and group == len(shape.groups) - 1):
+            found.append(("pruned", group))
+        if settings.dense_targets:
+            found.append(("dense", group))
+    return found
 
 
-def _passes(shape: ModelShape, job: Job, tokens: float, keeps: bool) -> float:
+def _kept(shape: ModelShape, job: Job, known: list[Known]) -> float:
+    """Count the bytes of what is kept of a block's inside."""
+    return float(job.samples * job.seqlen * job.itemsize * sum(shape.grams[group] for _, group in known))
+
+
+def _passes(shape: ModelShape, job: Job, tokens: float, known: list[Known]) -> float:
     """Count the operations of all forward passes of one block's capture."""
     whole = _forward_flops(shape, job, tokens)
     # The dense model goes first alone where the zeros are shared out by what its layers see.
@@ -186,28 +202,30 @@ def _passes(shape: ModelShape, job: Job, tokens: float, keeps: bool) -> float:
         # The dense block runs up to the input of its last layer; then the pruned one, and the dense one beside it.
         return measured + (1 + _streams(job)) * whole - 2.0 * tokens * shape.layers[-1].weights
 
-    def run(end: int) -> float:
-        """Operations up to the input of a group, where those of the groups before it are known."""
-        ran = [la for la in shape.layers if la.group < end]
-        ran = [la for la in ran if not keeps or la.needless_after is None or la.needless_after >= end]
+    def run(stream: str, end: int) -> float:
+        """Operations up to the input of a group, where some of those before it are known."""
+        begun = {group for whose, group in known if whose == stream and group < end}
+        ran = [la for la in shape.layers if la.group < end and la.needless_after not in begun]
         # Attention comes after the first layers, and in the same module.
         attention = job.seqlen * shape.attention_width * (shape.layers[0] in ran)
         return tokens * (2.0 * sum(layer.weights for layer in ran) + attention)
 
     # For every group a pass up to its input, and one of the whole block in the end.
     groups = len(shape.groups)
-    captured, passed = sum(map(run, range(groups))), run(groups)
+    total = sum(run("pruned", group) for group in range(groups))
     # What is known of a block is of no use any more where the block was trained.
-    total = captured + (whole if job.settings.reconstruction_epochs else passed)
-    if job.settings.has_dense_stream:
-        total += captured + passed if job.settings.dense_targets else whole
+    total += whole if job.settings.reconstruction_epochs else run("pruned", groups)
+    if job.settings.dense_targets:
+        total += sum(run("dense", group) for group in range(groups + 1))
+    elif job.settings.has_dense_stream:
+        total += whole
     return measured + total
 
 
-def _capture(shape: ModelShape, job: Job, device: Device, keeps: bool) -> Phase:
+def _capture(shape: ModelShape, job: Job, device: Device, known: list[Known]) -> Phase:
     tokens, size = job.samples * job.seqlen, job.itemsize
     torch_device = torch.device("cpu" if device.is_host else "cuda")
-    forward = shape.blocks * _passes(shape, job, tokens, keeps)
+    forward = shape.blocks * _passes(shape, job, tokens, known)
     grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
     # The products of two different inputs have no symmetry to be saved, and a difference is not of half precision.
     drifts = shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams) if job.settings.dense_targets else 0.0
@@ -231,7 +249,7 @@ def _capture(shape: ModelShape, job: Job, device: Device, keeps: bool) -> Phase:
     if job.settings.sublayers:
         # One group's sums exist at a time, and the dense copy of the block.
         sums = (16.0 if job.settings.dense_targets else 8.0) * widest**2 + _block_bytes(shape, job)
-        sums += _kept(shape, job) * keeps
+        sums += _kept(shape, job, known)
     else:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
@@ -241,7 +259,7 @@ def _capture(shape: ModelShape, job: Job, device: Device, keeps: bool) -> Phase:
     return Phase("capture", forward + grams + drifts, seconds, memory)
 
 
-def _solve(shape: ModelShape, job: Job, device: Device, keeps: bool) -> Phase:
+def _solve(shape: ModelShape, job: Job, device: Device, known: list[Known]) -> Phase:
     spec = job.spec.on("cpu" if device.is_host else "cuda")
     # What keeps N of M has no kernel.
     fuses = not device.is_host and not spec.pattern.group
@@ -277,7 +295,7 @@ def _solve(shape: ModelShape, job: Job, device: Device, keeps: bool) -> Phase:
     grams = float(config.dtype.itemsize * (sum(n * n for n in shape.grams) + widest**2))
     if config.sublayers:
         grams = config.dtype.itemsize * (4 if config.dense_targets else 2) * widest**2 + _block_bytes(shape, job)
-        grams += _kept(shape, job) * keeps
+        grams += _kept(shape, job, known)
     if job.method in ("maiht", "aiht", "iht"):
         grams += bytes_per_entry(config.precision) * widest**2
     if job.method == "maiht" and config.candidates == "preconditioned":

@@ -83,10 +83,9 @@ class ModelShape:
         return tuple(group[0].inputs for group in self.groups)
 
     @property
-    def kept_width(self) -> int:
-        """Numbers that a token has in all inputs of a block at which its modules can begin."""
-        known = {layer.needless_after for layer in self.layers}
-        return sum(width for group, width in enumerate(self.grams) if group in known)
+    def entries(self) -> tuple[int, ...]:
+        """The numbers of the inputs at which modules of a block can begin."""
+        return tuple(sorted({la.needless_after for la in self.layers if la.needless_after is not None}))
 
     @property
     def prunable(self) -> int:

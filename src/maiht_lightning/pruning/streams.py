@@ -18,10 +18,11 @@ T = TypeVar("T")
 
 
 class Sublayer(NamedTuple):
-    """Layers of a block that share an input, and the module that can begin at it, where there is room to keep it."""
+    """Layers of a block that share an input, and the module that can begin there in each model, if that is kept."""
 
     names: list[str]
     entry: Entry | None
+    dense_entry: Entry | None
 
 
 class Streams:
@@ -90,12 +91,24 @@ class Streams:
         self.settle()
         groups, entries = self._with_room(lambda: find_groups(block, self._inputs))
         linears, batches = find_linears(block), self._inputs.batches
-        # What these layers see in both streams, (tokens, in) each.
-        width = (1 + self.have_dense) * sum(weight_of(linears[entry.layer]).shape[1] for entry in entries)
         tokens = sum(batch.hidden.shape[:-1].numel() for batch in batches)
-        if not self._has_room(tokens * width * batches[0].hidden.element_size()):
-            entries = []
-        return [Sublayer(names, next((e for e in entries if e.layer in names), None)) for names in groups]
+        item, trains = batches[0].hidden.element_size(), self._config.reconstruction_epochs > 0
+        taken = 0
+
+        def kept(names: list[str], is_of_use: bool) -> Entry | None:
+            nonlocal taken
+            entry = next((each for each in entries if each.layer in names), None)
+            size = tokens * weight_of(linears[names[0]]).shape[1] * item
+            if entry is None or not is_of_use or not self._has_room(taken + size):
+                return None
+            taken += size
+            return entry
+
+        # What the last layers see is of use for passing the block alone, and not if that is trained before.
+        return [
+            Sublayer(names, kept(names, not (trains and names is groups[-1])), kept(names, self._fits_to_dense))
+            for names in groups
+        ]
 
     def capture(
         self, block: nn.Module, sublayer: Sublayer | None = None, dense_block: nn.Module | None = None
@@ -113,10 +126,14 @@ class Streams:
         inputs, tf32, dense = self._inputs, self._config.precision == "tf32", None
         if sublayer is None:
             return self._with_room(lambda: accumulate_grams(block, inputs, tf32=tf32))
-        if self._dense is not None and dense_block is not None and self._config.dense_targets:
-            dense = DenseStream(self._dense, dense_block)
-        names, entry = sublayer
+        names, entry, dense_entry = sublayer
+        if self._dense is not None and dense_block is not None and self._fits_to_dense:
+            dense = DenseStream(self._dense, dense_block, dense_entry)
         return [self._with_room(lambda: accumulate_group(block, inputs, names, dense=dense, tf32=tf32, entry=entry))]
+
+    @property
+    def _fits_to_dense(self) -> bool:
+        return self._dense is not None and self._config.dense_targets > 0
 
     def _settle(self) -> None:
         self._inputs.settle()
