@@ -490,6 +490,31 @@ def test_a_callback_that_is_cut_off_in_best_resumes(make, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["whole", "in place", "blocks"])
+def test_a_compiled_model_is_pruned_within_its_training_as_it_is_otherwise(make, tmp_path, no_figures, compiled):
+    found = []
+    for name in (compiled, "not"):
+        model = trained = make()
+        if name == "whole":
+            trained = torch.compile(model, backend="eager")
+        for module in {"in place": [model], "blocks": find_blocks(model).modules}.get(name, []):
+            module.compile(backend="eager")
+        callback = MAIHTPruning(
+            config=QUICK,
+            prune_at="step:2",
+            calibration=WINDOWS,
+            evaluation=Evaluation(perplexity={"own": WINDOWS}),
+            output_dir=str(tmp_path / name),
+        )
+        torch.manual_seed(0)
+        trainer(callback, default_root_dir=tmp_path).fit(OwnModule(trained))
+        found.append({stage: result.perplexity["own"] for stage, result in callback.summary.stages.items()})
+        assert callback.report.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert list(found[0]) == ["dense", "pruned", "finetuned"]
+
+
+@pytest.mark.slow
 def test_several_steps_keep_their_zeros_with_the_default(make, tmp_path, no_figures):
     """A later step's dense model is the sparse one that was trained: zeros stay through all that is done with it."""
 
