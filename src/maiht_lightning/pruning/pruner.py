@@ -196,7 +196,10 @@ def prune_model(
         )
         patterns = _allocate(loader, inputs, store, spec, ranks, journal)
         dense = inputs.twin(store) if spec.config.has_dense_stream else None
-        keeps = partial(has_room, device=loader.device, working=working) if hidden_states != "disk" else _keeps_nothing
+
+        def keeps(size: int) -> bool:
+            return hidden_states != "disk" and has_room(size, device=loader.device, working=working)
+
         streams = Streams(inputs, spec.config, ranks, dense=dense, record=record, on_retry=on_retry, has_room=keeps)
         pruner = BlockPruner(loader, streams, spec, ranks, journal, journal_dir, bar, patterns, on_retry)
         pruner.report.capture_seconds = time.perf_counter() - started
@@ -286,7 +289,3 @@ def _choose_storage(
     streams = 2 if spec.config.has_dense_stream or spec.config.measures_dense else 1
     sizes = [batch.numel() * hidden_bytes(model) for batch in batches]
     return choose_storage(streams * sum(sizes), device, working, pinned=streams * sum(map(pinned_bytes, sizes)))
-
-
-def _keeps_nothing(_: int) -> bool:
-    return False
