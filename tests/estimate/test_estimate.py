@@ -22,7 +22,8 @@ from maiht_lightning.capture.grams import add_gram, mirror_, slice_rows
 from maiht_lightning.cli import main
 from maiht_lightning.estimate.advice import advise
 from maiht_lightning.estimate.devices import GIB, SHEETS, _seconds, find_device
-from maiht_lightning.estimate.plan import COMPILING, Job, estimate, gram_flops, predict_pruning
+from maiht_lightning.estimate.plan import Job, estimate, predict_pruning
+from maiht_lightning.estimate.pruning import COMPILING, gram_flops
 from maiht_lightning.estimate.shape import ModelShape
 from maiht_lightning.estimate.solver import count_solver
 from maiht_lightning.pruning.pruner import prune
