@@ -274,10 +274,10 @@ TRAIN = """
     from lightning.pytorch.strategies import DDPStrategy
     from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer as make_trainer
     from maiht_lightning import MAIHTPruning, SparseFinetune, sparse_finetune
-    from maiht_lightning.callbacks import pruning_run
+    from maiht_lightning.callbacks import preparation
     from maiht_lightning.evaluation.evaluation import Evaluation, LoadedEvaluation
 
-    pruning_run.find_tokenizer = lambda *_: NoTokenizer()
+    preparation.find_tokenizer = lambda *_: NoTokenizer()
     Evaluation.load = lambda self, *_: LoadedEvaluation(self, {"random": windows}, {})
 
     class Module(OwnModule):

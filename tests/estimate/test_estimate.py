@@ -554,7 +554,7 @@ def test_work_that_takes_long_is_measured_less_often(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_with_a_logger_stands_beside_its_prediction(tiny_llama, tmp_path, text, monkeypatch):
-    monkeypatch.setattr("maiht_lightning.callbacks.pruning_run.find_tokenizer", lambda *_: NoTokenizer())
+    monkeypatch.setattr("maiht_lightning.callbacks.preparation.find_tokenizer", lambda *_: NoTokenizer())
     logger = CSVLogger(tmp_path)
     fit = trainer(MAIHTPruning(calibration=Windows(), output_dir=str(tmp_path / "run")), logger=logger)
     fit.fit(OwnModule(tiny_llama(vocab_size=64)))

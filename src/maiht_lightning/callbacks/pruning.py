@@ -36,7 +36,8 @@ from .compatibility import (
 from .frozen import FrozenSparsity
 from .language_model import find_language_model
 from .monitors import reset_monitors
-from .pruning_run import PruningRun, check_disk, prepare_run
+from .preparation import check_disk, prepare_run
+from .pruning_run import PruningRun
 from .resume_point import remove_point, restore_point, save_point
 from .resuming import (
     Limits,

@@ -9,8 +9,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..callbacks.compatibility import find_callback
+from ..callbacks.preparation import check_disk
 from ..callbacks.pruning import MAIHTPruning
-from ..callbacks.pruning_run import check_disk
 from ..data import c4, python_docs, wikitext2  # noqa: F401
 from .checkpoint import read_checkpoint
 
