@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from helpers.warm import kill, python
+from helpers.warm import WARM_CHILDREN, kill, python
 
 PROGRAM = """
 import os, sys
@@ -57,3 +57,14 @@ def test_signals_reach_the_command_and_its_end_is_the_relays(end):
     assert process.stdout.read() == b""
     with pytest.raises(ProcessLookupError):
         os.kill(command, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{}, WARM_CHILDREN])
+def test_children_are_such_where_that_is_asked_for(variables):
+    child = "import sys; print('transformers' in sys.modules)"
+    program = f"import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"
+    done = subprocess.run(
+        [*python(), "-c", program], env={**os.environ, **variables}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(bool(variables))

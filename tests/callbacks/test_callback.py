@@ -5,7 +5,6 @@ import csv
 import json
 import math
 import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from helpers.own_module import NoTokenizer, OwnModule, Windows, trainer
 from helpers.sharp_model import perplexity_by_definition
 from helpers.wandb_file import artifact_files, read_run
+from helpers.warm import python
 from maiht_lightning import MAIHTPruning
 from maiht_lightning.callbacks import verification
 from maiht_lightning.models.sparsity import count_zeros, measured_sparsity
@@ -266,7 +266,7 @@ def test_works_where_wandb_is_not_installed(tmp_path):
         import pytest
         sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "TESTS", "-k", "csv_logger or costs_nothing"]))
     """.replace("TESTS", str(Path(__file__)))
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*python(), "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "3 passed" in done.stdout
 

@@ -183,7 +183,7 @@ def test_the_help_is_wrapped_to_what_there_is_room_for():
 
 @pytest.mark.slow
 def test_every_setting_is_listed_below_one_line_of_usage():
-    shown = maiht("fit", "--help_all")
+    shown = maiht("fit", "--help_all", warm=True)
     assert shown.status == 0
     assert shown.out.startswith("usage: maiht fit [SETTINGS]\n\nFine-tune a causal")
     for name in ("--trainer.gradient_clip_val", "--pruning.hidden_states", "--sparse_finetune.temperature"):

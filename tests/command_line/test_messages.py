@@ -122,7 +122,8 @@ def test_an_unknown_command_hears_of_all_of_them(word, asked, terminal):
 @pytest.mark.slow
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_real_command_refuses_a_slip_on_one_screen(terminal):
-    done = maiht("fit", *BASE, "--pruning.sparsty", "0.5", terminal=terminal)
+    # Imports, and what is said in them, are as in the other.
+    done = maiht("fit", *BASE, "--pruning.sparsty", "0.5", terminal=terminal, warm=terminal)
     said = (done.out if terminal else done.err).replace("\r\n", "\n")
     assert done.status == 2
     assert said == (

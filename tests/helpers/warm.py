@@ -5,6 +5,8 @@ starts. `python()` is to be taken in place of `[sys.executable]` where such a pr
 
     subprocess.run([*python(), "-m", "maiht_lightning.cli", "fit", ...])
 
+With the variables `WARM_CHILDREN` the processes that such a one starts by its `sys.executable` are such as well.
+
 It is a relay, a process of its own like any other: it hands its arguments, variables, folder and open files to the
 server, which forks the command, and it ends as the command ends. SIGTERM and SIGINT go on to the command, and `kill`
 kills it. What is decided while libraries are imported is that of the server.
@@ -19,6 +21,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import struct
@@ -41,6 +44,8 @@ HEAVY = (
 )
 # Elsewhere than on Linux, processes begin as all do.
 WARM = hasattr(os, "pidfd_open")
+# In the environment of a process, for those that it starts.
+WARM_CHILDREN = {"MAIHT_TEST_WARM_CHILDREN": "yes"}
 # What a relay is sent, and what the command then is.
 FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGQUIT: signal.SIGKILL}
 
@@ -70,7 +75,16 @@ def python():
 
     # It ends where its input does, also when this process is killed.
     atexit.register(stop)
-    return [sys.executable, "-S", "-E", __file__, "relay", path]
+    words = [sys.executable, "-S", "-E", __file__, "relay", path]
+    script = Path(folder.name, "python")
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    script.chmod(0o700)
+    return words
+
+
+def executable():
+    """The same as one word, for what takes `sys.executable`."""
+    return os.path.join(os.path.dirname(python()[-1]), "python") if WARM else sys.executable
 
 
 def kill(process):
@@ -179,13 +193,15 @@ def run(program):
     os._exit(status)
 
 
-def begin(request):
-    """Be the process that was asked for: its variables, folder, arguments; returns its program."""
+def begin(request, path):
+    """Be the process that was asked for at `path`: its variables, folder, arguments; returns its program."""
     # It is ignored where the tests are, as by shells in what they start in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    if WARM_CHILDREN.items() <= request["env"].items():
+        sys.executable = os.path.join(os.path.dirname(path), "python")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=stream.isatty())
     kind, *arguments = request["arguments"]
@@ -215,4 +231,5 @@ if __name__ == "__main__":
     # Pages that the collector of a forked process does not touch are not copied.
     gc.collect()
     gc.freeze()
-    run(begin(serve(sys.argv[2])))
+    path = sys.argv[2]
+    run(begin(serve(path), path))

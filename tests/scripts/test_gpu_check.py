@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from helpers.small_texts import SCRIPTS, load_script
+from helpers.warm import WARM_CHILDREN, python
 
 
 @pytest.fixture
@@ -175,10 +177,11 @@ def test_the_rehearsal(tmp_path):
     """For real, with more time than it takes beside other work."""
     output = tmp_path / "found.json"
     wanted = ["tests", "precision", "fusing", "7b auto, balanced", "7b auto, offload cpu"]
-    command = [sys.executable, SCRIPTS / "gpu_check.py", "--device", "cpu", "--small", "--minutes", "60"]
+    command = [*python(), SCRIPTS / "gpu_check.py", "--device", "cpu", "--small", "--minutes", "60"]
     done = subprocess.run(
-        [*command, "--output", output, "--parts", *wanted], capture_output=True, text=True, check=False
-    )
+        [*command, "--output", output, "--parts", *wanted],
+        env={**os.environ, **WARM_CHILDREN}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     found = json.loads(output.read_text())
     assert [part["part"] for part in found["parts"]] == wanted
     assert [(part["failure"], part["skipped"]) for part in found["parts"]] == [("", "")] * 5, done.stderr[-2000:]

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from math import floor
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +15,7 @@ import yaml
 
 from helpers.byte_model import byte_tokenizer, llama_config, save_folder
 from helpers.small_texts import load_script, run_script, write_texts
+from helpers.warm import WARM_CHILDREN, executable, python
 from maiht_lightning import C4Calibration, MAIHTConfig, prune, prune_layer
 from maiht_lightning.cli import main as maiht
 from maiht_lightning.data.windows import evaluation_windows
@@ -273,6 +273,7 @@ def test_compact_files_are_timed_beside_dense_ones(here, folder, monkeypatch, ca
 def test_spinning_threads_are_timed(here, monkeypatch, capsys):
     script = load_script("bench_spinning", monkeypatch)
     monkeypatch.setattr(script, "SHAPES", [(16, 8)])
+    monkeypatch.setattr(script.sys, "executable", executable())
     run_script(script, monkeypatch, "--rounds", 1, "--threads", 1, 2, "--beside", "--json", "out.json")
     rows = json.loads(Path("out.json").read_text())["rows"]
     assert [(row["threads"], list(row["seconds"])) for row in rows] == [(1, script.SPINS[:1]), (2, script.SPINS)]
@@ -390,10 +391,11 @@ def test_the_papers_configuration(here, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # five processes, beside whatever else runs
+@pytest.mark.timeout(1800)  # three processes, beside whatever else runs
 def test_killed_at_random_moments_and_resumed(tmp_path):
     """A short form of the script that kills runs."""
-    command = [sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "2", "--jobs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [*python(), str(ROOT / "scripts" / "kill_test.py"), "--kills", "1"]
+    variables = {**os.environ, **WARM_CHILDREN}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "2 of 2 resumed runs came to the same." in done.stdout
+    assert "1 of 1 resumed runs came to the same." in done.stdout
