@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: real data, a real tokenizer, a tiny model."""
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -34,6 +35,20 @@ def one_thread(request):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def machine():
+    """This machine's speeds, measured when a test first asks for them."""
+    from maiht_lightning.estimate.devices import measure
+
+    return functools.cache(lambda: measure(64, 128))
+
+
+@pytest.fixture(autouse=True)
+def measured_once(machine, monkeypatch):
+    """Runs that are predicted share a measurement of this machine, which takes longer than they do."""
+    monkeypatch.setattr("maiht_lightning.estimate.devices.measure", lambda *_: machine())
+
+
 REAL_DATA = Path(os.environ.get("MAIHT_DATA_DIR") or ROOT.parent / "shared" / "data")
 
 
@@ -41,6 +56,12 @@ REAL_DATA = Path(os.environ.get("MAIHT_DATA_DIR") or ROOT.parent / "shared" / "d
 def data_dir(tmp_path_factory):
     """A folder with local copies of the data sets: the real ones, or small ones in the same files and columns."""
     return REAL_DATA if REAL_DATA.is_dir() else write_small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """The same folder with little text in any case, for runs that need some: WikiText-2 takes long to tokenize."""
+    return write_small_data(tmp_path_factory.mktemp("small_data"))
 
 
 @pytest.fixture

@@ -458,7 +458,7 @@ def test_too_few_windows_are_refused(tiny_llama, monkeypatch):
 
 
 @pytest.mark.slow
-def test_maiht_prune_with_two_processes_as_with_one(tiny_folder, local_data, tmp_path):
+def test_maiht_prune_with_two_processes_as_with_one(tiny_folder, small_data, tmp_path):
     """Weights, perplexity and a task's accuracy, each shared out."""
     options = [
         *("--model.name_or_path", str(tiny_folder), "--data", "PythonDocsDataModule", "--trainer.logger", "false"),
@@ -473,7 +473,7 @@ def test_maiht_prune_with_two_processes_as_with_one(tiny_folder, local_data, tmp
     command = [*python(), "-m", "maiht_lightning.cli", "prune", *options, "--output_dir"]
     for name, more in (("one", []), ("two", several)):
         run = [*command, name, *more]
-        environment = ENVIRONMENT | {"MAIHT_DATA_DIR": str(local_data)}
+        environment = ENVIRONMENT | {"MAIHT_DATA_DIR": str(small_data)}
         done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (LlamaForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("one", "two"))

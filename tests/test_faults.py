@@ -52,7 +52,7 @@ class Tokenizer(NoTokenizer):
 
 
 @pytest.fixture
-def fit(sharp_llama, monkeypatch):
+def fit(sharp_llama, no_prediction, monkeypatch):
     """A function that fits and prunes the same model in a folder, and gives the module with the callback."""
     windows = language(4, 32, seed=2)
     task = {"acc": 0.5}

@@ -184,7 +184,7 @@ def test_the_sweeps_combinations_are_runs(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_of_the_sweep_is_the_one_that_the_agent_asked_for(tmp_path, programs, data_dir):
+def test_a_run_of_the_sweep_is_the_one_that_the_agent_asked_for(tmp_path, programs, small_data):
     """One combination, by the agent's command and in its environment, on a small model and offline."""
     sweep = yaml.safe_load(SWEEP.read_text())
     arguments = {name: {"value": argument["value"]} for name, argument in list(combinations())[-1].items()}
@@ -201,7 +201,7 @@ def test_a_run_of_the_sweep_is_the_one_that_the_agent_asked_for(tmp_path, progra
         cwd=tmp_path,
         env=environment(
             PATH=f"{programs}:{os.environ['PATH']}",
-            MAIHT_DATA_DIR=str(data_dir),
+            MAIHT_DATA_DIR=str(small_data),
             WANDB_MODE="offline",
             WANDB_SWEEP_ID="sweep1",
             WANDB_RUN_ID="fromtheagent",

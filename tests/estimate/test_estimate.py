@@ -48,6 +48,11 @@ SINGLE = MAIHTConfig(precision="float32")
 published = partial(Job, config=SINGLE)
 
 
+@pytest.fixture
+def measured_once():
+    """Here every measurement counts."""
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama") / "config.json"

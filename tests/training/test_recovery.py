@@ -201,7 +201,7 @@ SHIPPED = {
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # three processes, beside whatever else runs
 @pytest.mark.parametrize("name", SHIPPED)
-def test_killed_in_the_sparse_phase_and_resumed(name, tiny_folder, local_data, tmp_path, monkeypatch):
+def test_killed_in_the_sparse_phase_and_resumed(name, tiny_folder, small_data, tmp_path, monkeypatch):
     """The files as they are, with a small model, less text and fewer steps, from the command in the guide."""
     monkeypatch.chdir(tmp_path)
     less = {
@@ -219,7 +219,7 @@ def test_killed_in_the_sparse_phase_and_resumed(name, tiny_folder, local_data, t
     config = str(ROOT / "configs" / f"{name}.yaml")
     command = [*python(), "-m", "maiht_lightning.cli", "fit", "--config", config, *options, *SHIPPED[name]]
     # Sums of floats depend on the number of threads.
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "MAIHT_DATA_DIR": str(local_data)}
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "MAIHT_DATA_DIR": str(small_data)}
 
     def start(run):
         with open(f"{run}.log", "w") as log:

@@ -146,7 +146,7 @@ def _rate_of_products(device: torch.device, dtype: torch.dtype, width: int, inne
 def _bandwidth(device: torch.device, *, reuse: bool) -> float:
     """Measure bytes per second of sums, whose result goes to the same memory each time or to newly allocated one."""
     # 64 MiB per vector, as a model moves it, lie beyond the caches.
-    one, other = torch.randn(2, 2**24, device=device)
+    one, other = torch.ones(2, 2**24, device=device)
     out = torch.empty_like(one) if reuse else None
     return 3.0 * 4 * one.numel() / _seconds(device, lambda: torch.add(one, other, out=out))
 
