@@ -708,6 +708,7 @@ LABELS = {
     "Wanda": "wanda",
     "SparseGPT": "sparsegpt",
     "ADMM-Grad": "admm",
+    "mAIHT": "maiht",
     "mAIHT, paper": "maiht:paper",
     "mAIHT, balanced": "maiht:balanced",
     "mAIHT, best": "maiht:best",
