@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from helpers.families import VOCABULARY, make
+from maiht_lightning.capture import sublayers
 from maiht_lightning.capture.block_inputs import record_inputs
-from maiht_lightning.capture.grams import slice_rows
+from maiht_lightning.capture.grams import add_gram, slice_rows
 from maiht_lightning.capture.hidden_states import HiddenStateStore
 from maiht_lightning.capture.sublayers import DenseStream, accumulate_group, add_product, find_groups
 from maiht_lightning.models.blocks import find_blocks, find_linears, weight_of
@@ -88,6 +89,28 @@ def test_each_group_sees_the_pruned_layers_before_it(streams, family):
         assert torch.equal(group.gram, group.gram.T)
         assert group.gram.dtype == group.drift.dtype == torch.float64
         halve(block, names)
+
+
+@pytest.mark.parametrize(("at_once", "products"), [(1, 3), (30, 2), (10**9, 1)])
+def test_batches_are_multiplied_together(streams, monkeypatch, at_once, products):
+    """As many as have enough tokens, and all of them in the end, with the same sums."""
+    pruned, inputs, stream, dense = streams("llama")
+    block, names = find_blocks(pruned).modules[1], ["mlp.gate_proj", "mlp.up_proj"]
+    seen = []
+
+    def watch(gram, tokens, buffer):
+        seen.append(len(tokens))
+        add_gram(gram, tokens, buffer)
+
+    monkeypatch.setattr(sublayers, "TOGETHER", at_once)
+    monkeypatch.setattr(sublayers, "add_gram", watch)
+    group = accumulate_group(block, inputs, names, dense=stream)
+    ours, theirs = seen_by(pruned, block.mlp.gate_proj), seen_by(dense, stream.block.mlp.gate_proj)
+    assert sum(seen) == len(ours)
+    assert len(seen) == products
+    gram, drift = ours.T @ ours, ours.T @ (theirs - ours)
+    torch.testing.assert_close(group.gram, gram, rtol=1e-4, atol=1e-5 * float(gram.abs().max()))
+    torch.testing.assert_close(group.drift, drift, rtol=1e-4, atol=1e-5 * float(drift.abs().max()))
 
 
 def test_inputs_stay_inputs_of_the_block(streams):

@@ -25,7 +25,7 @@ from maiht_lightning.estimate.devices import GIB, SHEETS, _seconds, find_device
 from maiht_lightning.estimate.plan import Job, estimate, predict_pruning
 from maiht_lightning.estimate.pruning import COMPILING, gram_flops
 from maiht_lightning.estimate.shape import ModelShape
-from maiht_lightning.estimate.solver import count_solver
+from maiht_lightning.estimate.solver import count_inverse, count_solver
 from maiht_lightning.pruning.pruner import prune
 from maiht_lightning.solvers import LayerResult, PruningSpec, splitting
 from maiht_lightning.solvers.config import PRESETS
@@ -193,7 +193,7 @@ def test_the_solvers_products_are_counted(llama):
     for name in ("fast", "balanced"):
         config = replace(PRESETS[name], precision="float32")
         factorised = 2 * splitting.levels(config.iterations) * (3 * 4096**3 + 11008**3)
-        corrected = ((3 * 4096**3 + 11008**3) / 3 + 2 * PRODUCT) if config.dense_targets else 0
+        corrected = (4 * (3 * 4096**3 + 11008**3) + PRODUCT) if config.dense_targets else 0
         flops = phases_of(llama, Job(config=config))["solve"].flops
         own = (flops / 32 - factorised - corrected) / PRODUCT
         assert own == pytest.approx(splitting.products(config) + 2, abs=0.01)
@@ -344,11 +344,30 @@ def test_seconds_of_products_from_halves(llama):
     assert emulated.seconds > emulated.flops / host.flops_fp32
 
 
+def test_inverses_are_mostly_products(llama):
+    """Of halves where the solver's are, for every penalty and for the dense targets."""
+    device, config = SHEETS["a100-80gb"], PRESETS["balanced"]
+    found = phases_of(llama, Job(config=config))["solve"]
+    inverses = [count_inverse(4096, "fp16x3")] * 3 + [count_inverse(11008, "fp16x3")]
+    number = 32 * (splitting.levels(config.iterations) + 1)
+    factorised = number * sum(each.plain for each in inverses)
+    counts = count_solver(PruningSpec.parse(config=config.on("cuda")), fused=True)
+    moved = 32 * LINEARS * counts.moved + number * sum(each.moved for each in inverses)
+    halves = number * sum(each.halves for each in inverses) + 32 * 3 * (2 * (3 * 4096**3 + 11008**3) + PRODUCT)
+    halves += 32 * counts.halves * PRODUCT / 2
+    assert counts.products == 0
+    assert found.flops == pytest.approx(factorised + halves, rel=1e-9)
+    taken = factorised / device.flops_fp32 + halves / device.flops_bf16 + moved / device.bandwidth + COMPILING
+    assert found.seconds == pytest.approx(taken, rel=1e-9)
+    # Far less is factorised than would be otherwise.
+    assert factorised < 0.02 * number * sum(count_inverse(size, "plain").plain for size in (4096, 4096, 4096, 11008))
+
+
 def test_factorisations_are_in_float32_whatever_the_products_are_in(llama):
     device = SHEETS["a100-80gb"]
     config = replace(PRESETS["balanced"], precision="tf32")
     found = phases_of(llama, Job(config=config))["solve"]
-    factorised = 32 * (2 * splitting.levels(config.iterations) + 1 / 3) * (3 * 4096**3 + 11008**3) + 32 * 2 * PRODUCT
+    factorised = 32 * 2 * (splitting.levels(config.iterations) + 1) * (3 * 4096**3 + 11008**3)
     moved = 32 * LINEARS * count_solver(PruningSpec.parse(config=config), fused=True).moved
     expected = factorised / device.flops_fp32 + (found.flops - factorised) / device.flops_tf32 + COMPILING
     assert found.seconds == pytest.approx(expected + moved / device.bandwidth, rel=1e-6)

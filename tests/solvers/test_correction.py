@@ -60,6 +60,19 @@ def test_the_weight_is_the_minimiser(streams, c, mu):
     assert (found - weight).norm() > 0.001 * weight.norm()
 
 
+@pytest.mark.parametrize("precision", ["float32", "fp16x3", "mixed"])
+def test_by_products_of_halves_it_is_as_exact(streams, precision):
+    """Also where some features are a thousand times as large as others."""
+    weight, inputs, dense = streams
+    inputs, dense = (each * torch.logspace(0, 3, 16, dtype=torch.float64) for each in (inputs, dense))
+    config = replace(CONFIG, precision=precision)
+    gram, drift = (each.float() for each in (inputs.T @ inputs, drift_of(inputs, dense)))
+    found = Correction.prepare(scale_gram(gram), drift, config).apply(weight.float())
+    expected = least_squares(weight, inputs, dense, c=0.4, mu=0.1)
+    norms = inputs.norm(dim=0)
+    assert ((found - expected) * norms).norm() < 2e-5 * ((expected - weight) * norms).norm()
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
 def test_what_is_kept_is_the_minimiser_on_its_support(streams, pattern):
     """So a solver's own objective with W1 in place of W0 is the one that is meant."""
@@ -136,7 +149,7 @@ def test_it_is_computed_in_the_solvers_precision(streams, dtype):
 def test_a_singular_gram_matrix_needs_a_ridge():
     weight, gram = make_problem(0, 4, 16, tokens=3)
     config = replace(CONFIG, mu=0.0)
-    with pytest.raises(FloatingPointError, match=r"could not be factorised.*raise mu, or set dense_targets = 0"):
+    with pytest.raises(FloatingPointError, match=r"could not factorise.*μ = 0\.0.*raise mu, or set dense_targets = 0"):
         LayerSolver(gram - 1e-9 * torch.eye(16), PruningSpec.parse(config=config), torch.zeros_like(gram)).prune(weight)
 
 

@@ -16,7 +16,21 @@ from ..models.blocks import find_linears, weight_of
 from ..solvers.precision import float32_products
 from .block_inputs import Batch, BlockInputs
 from .entries import Entry, entered, finding_entries
-from .grams import WITHIN_TF32, InputGroup, accumulate_grams, add_gram, as_factor, as_multiplied, mirror_, slice_rows
+from .grams import (
+    WITHIN_TF32,
+    InputGroup,
+    accumulate_grams,
+    add_gram,
+    as_factor,
+    as_multiplied,
+    mirror_,
+    multiply,
+    slice_rows,
+)
+
+# So many tokens, or a batch that has more, are multiplied at once: to add a product to the sum takes as long as that of
+# some thousand tokens on a GPU, and of some hundred on a CPU.
+TOGETHER = 16384
 
 
 @dataclass
@@ -78,25 +92,33 @@ def accumulate_group(
     """
     size = weight_of(find_linears(block)[names[0]]).shape[1]
     group: InputGroup | None = None
+    waiting: list[list[Tensor]] = []  # X and, where it is asked for, X_d (tokens, in) of some batches
     others = [None] * len(inputs.batches) if dense is None else dense.inputs
-    for batch, other in zip(inputs, others, strict=True):
-        seen = _input_of(block, names[0], batch, entry)  # X (tokens, in)
+    for number, (batch, other) in enumerate(zip(inputs, others, strict=True), start=1):
+        seen = [_input_of(block, names[0], batch, entry)]
+        if dense is not None and other is not None:
+            seen.append(_input_of(dense.block, names[0], other, dense.entry))
+        waiting.append(seen)
+        if number < len(inputs.batches) and sum(len(inner) for inner, *_ in waiting) < TOGETHER:
+            continue
+        factors = [as_factor(torch.cat(parts)) for parts in zip(*waiting, strict=True)]
+        waiting.clear()
         if group is None:
-            group = InputGroup(names, torch.zeros(size, size, dtype=torch.float64, device=seen.device))
-            if dense is not None:
-                group.drift = torch.zeros_like(group.gram)
-            buffer = torch.empty(slice_rows(size, seen.device) * size, dtype=torch.float32, device=seen.device)
+            sums = [torch.zeros(size, size, dtype=torch.float64, device=factor.device) for factor in factors]
+            group = InputGroup(names, *sums)
+            buffer = torch.empty(slice_rows(size, sums[0].device) * size, dtype=torch.float32, device=sums[0].device)
         with (
-            torch.autocast(seen.device.type, enabled=False),
-            float32_products(tf32=tf32 or seen.dtype in WITHIN_TF32),
+            torch.autocast(seen[0].device.type, enabled=False),
+            float32_products(tf32=tf32 or seen[0].dtype in WITHIN_TF32),
         ):
-            add_gram(group.gram, as_factor(seen), buffer)
-            if dense is not None and group.drift is not None and other is not None:
-                tokens = seen.float()
-                drift = _input_of(dense.block, names[0], other, dense.entry).float() - tokens  # X_d − X (tokens, in)
-                add_product(group.drift, tokens, drift, buffer)
+            add_gram(group.gram, factors[0], buffer)
+            if group.drift is not None:
+                add_product(group.drift, factors[0], factors[1], buffer)
     assert group is not None
     mirror_(group.gram)
+    if group.drift is not None:
+        # Of XᵀX_d, which half-precision inputs are enough for; the difference X_d − X would need more of them.
+        group.drift -= group.gram
     for matrix in (group.gram, group.drift):
         if matrix is not None and not all(extreme.isfinite() for extreme in matrix.aminmax()):
             raise ValueError(f"the inputs of {', '.join(names)} are not finite: the model overflows on them")
@@ -108,14 +130,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, buffer: Tensor) -> N
 
     Args:
         total: (in, in), float64.
-        left: L (tokens, in), float32.
-        right: R (tokens, in), float32.
+        left: L (tokens, in), float32, or what `as_factor` has left in half precision.
+        right: R (tokens, in), likewise.
         buffer: At least (`slice_rows` · in,), float32, overwritten.
     """
     rows = slice_rows(len(total), total.device)
     for start in range(0, len(total), rows):
         part = total[start : start + rows]  # (rows, in)
-        part += torch.mm(left[:, start : start + rows].T, right, out=buffer[: part.numel()].view(part.shape))
+        part += multiply(left[:, start : start + rows].T, right, buffer[: part.numel()].view(part.shape))
 
 
 class _Seen(Exception):

@@ -6,15 +6,16 @@ from math import ceil
 import torch
 
 from ..capture.grams import slice_rows
+from ..capture.sublayers import TOGETHER
 from ..solvers import splitting
 from ..solvers.config import HELD_OUT
-from ..solvers.precision import bytes_per_entry, search_form
+from ..solvers.precision import bytes_per_entry, final_form, search_form
 from ..solvers.slices import solver_bytes
 from .costs import block_bytes, forward_flops, hidden_bytes, model_rate, resident_bytes
 from .devices import Device
 from .job import Job, Phase
 from .shape import ModelShape
-from .solver import count_solver
+from .solver import count_inverse, count_solver
 
 # Seconds in which Triton makes the solver's kernels, once.
 COMPILING = 3.0
@@ -99,19 +100,19 @@ def _capture(shape: ModelShape, job: Job, device: Device, known: list[Known]) ->
     torch_device = torch.device("cpu" if device.is_host else "cuda")
     forward = shape.blocks * _passes(shape, job, tokens, known)
     grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
-    # The products of two different inputs have no symmetry to be saved, and a difference is not of half precision.
+    # The products of two different inputs have no symmetry to be saved.
     drifts = shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams) if job.settings.dense_targets else 0.0
-    batches = ceil(job.samples / job.calibration_batch)
-    # Per batch, half of a product (in, in) is written and read in float32 and added to the sum in float64. The inputs
-    # (tokens, in) are turned to float32, unless a GPU multiplies them in half precision.
-    moved = batches * sum(n * n / 2 * (4 + 4 + 16) for n in shape.grams)
-    is_direct = size == 2 and not device.is_host
-    is_turned = not is_direct or bool(job.settings.dense_targets)
-    moved += tokens * sum(shape.grams) * (size + 4) * is_turned
+    at_once = job.calibration_batch * job.seqlen
+    if job.settings.sublayers:
+        at_once = min(tokens, max(at_once, TOGETHER))
+    # Each time half of a product (in, in), and all of one of two inputs, is written and read in float32 and added to
+    # the sum in float64. The inputs (tokens, in) are turned to float32, unless a GPU multiplies them in half precision.
+    matrices, inputs = (1.5, 2) if job.settings.dense_targets else (0.5, 1)
+    moved = ceil(tokens / at_once) * matrices * sum(n * n * (4 + 4 + 16) for n in shape.grams)
+    is_turned = size > 2 or device.is_host
+    moved += inputs * tokens * sum(shape.grams) * ((size + 4) * is_turned + 2 * size * job.settings.sublayers)
     rounded = device.flops_tf32 if size == 2 or job.settings.precision == "tf32" else device.flops_fp32
-    seconds = (
-        forward / model_rate(job, device) + grams / (device.flops_bf16 if is_direct else rounded) + drifts / rounded
-    )
+    seconds = forward / model_rate(job, device) + (grams + drifts) / (rounded if is_turned else device.flops_bf16)
     seconds += shape.blocks * moved / device.bandwidth
     # A pass up to the last layer's input has nearly all that lies between the products of a whole one.
     whole_passes = forward / shape.blocks / forward_flops(shape, job, tokens)
@@ -127,7 +128,8 @@ def _capture(shape: ModelShape, job: Job, device: Device, known: list[Known]) ->
     else:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
-    working = job.calibration_batch * job.seqlen * (shape.block_counts(size).peak + 4 * widest * is_turned)
+    working = job.calibration_batch * job.seqlen * shape.block_counts(size).peak
+    working += at_once * inputs * widest * (2 * size * job.settings.sublayers + 4 * is_turned)
     streams = max(_streams(job), 1 + job.settings.measures_dense)
     memory = device.baseline_bytes + resident_bytes(shape, job) + sums + streams * hidden_bytes(shape, job) + working
     return Phase("capture", forward + grams + drifts, seconds, memory)
@@ -140,26 +142,35 @@ def _solve(shape: ModelShape, job: Job, device: Device, known: list[Known]) -> P
     counts, config = count_solver(spec, fused=fuses), spec.config
     flops = shape.blocks * sum(counts.products * layer.outputs * layer.inputs**2 for layer in shape.layers)
     # TF32 does not reach factorisations and what is solved with them.
+    form = final_form(config.precision)
     solved = 0.0
-    if job.method in ("sparsegpt", "admm"):
-        # Both factorise and invert the Gram matrix (in, in).
+    if job.method == "sparsegpt":
+        # It factorises and inverts the Gram matrix (in, in).
         solved += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
-    if job.spec.method == "maiht" and job.settings.candidates == "preconditioned":
-        solved += shape.blocks * sum(2.0 * splitting.levels(job.settings.iterations) * n**3 for n in shape.grams)
-    if job.settings.dense_targets:
-        # A factorisation for each input, a product and two triangular solutions for each layer.
-        solved += shape.blocks * sum(n**3 / 3 for n in shape.grams)
-        solved += shape.blocks * sum(4.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
+    inverted = 1.0 * bool(job.method == "admm") + bool(config.dense_targets)
+    if job.method == "maiht" and config.candidates == "preconditioned":
+        inverted += splitting.levels(config.iterations)
+    inverses = [count_inverse(n, form) for n in shape.grams]
+    solved += shape.blocks * inverted * sum(each.plain for each in inverses)
+    halves = shape.blocks * inverted * sum(each.halves for each in inverses)
+    moved = shape.blocks * inverted * sum(each.moved for each in inverses)
+    if config.dense_targets:
+        # A product for each input, and one for each layer.
+        corrected = 2.0 * sum(n**3 for n in shape.grams) + sum(2.0 * la.outputs * la.inputs**2 for la in shape.layers)
+        if form == "plain":
+            flops += shape.blocks * corrected
+        else:
+            halves += shape.blocks * 3 * corrected
     if job.method == "sparsegpt":
         # SparseGPT also updates the columns in later blocks of columns. `count_solver` does not see it, as its small
         # layers have one block.
         flops += shape.blocks * sum(1.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
-    moved = shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
+    moved += shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
     full_rate = device.flops_fp32 / (2 if config.precision == "float64" else 1)
     rate = device.flops_tf32 if config.precision == "tf32" else full_rate
     # A CPU multiplies halves as float32 numbers.
     half_rate = device.flops_fp32 if device.is_host else device.flops_bf16
-    halves = shape.blocks * sum(counts.halves * layer.outputs * layer.inputs**2 for layer in shape.layers)
+    halves += shape.blocks * sum(counts.halves * layer.outputs * layer.inputs**2 for layer in shape.layers)
     seconds = flops / rate + solved / full_rate + halves / half_rate + moved / device.bandwidth
     seconds += COMPILING * fuses
     state = max(solver_bytes((la.outputs, la.inputs), config.dtype, config.memory_budget) for la in shape.layers)
@@ -189,11 +200,12 @@ def _reconstruct(shape: ModelShape, job: Job, device: Device) -> Phase:
     block, weights = shape.block_counts(size), sum(layer.weights for layer in shape.layers)
     steps = epochs * job.samples
     # A step of Adam reads and writes seven numbers a weight in float32. Before it the gradient is read and written with
-    # its zeros; where the model is in half precision, weight and gradient are also turned from one to the other.
-    turned = 2 * (4 + size) if size < 4 else 0
-    moved = tokens * epochs * block.training + steps * weights * (4.0 * 7 + 4 + 1 + 4 + turned)
+    # its zeros; after it, where the model is in half precision, weights are rounded.
+    turned = size + 1 + 4 + (4 + size if size < 4 else 0)
+    moved = tokens * epochs * block.training + steps * weights * (4.0 * 7 + turned)
     seconds = flops / model_rate(job, device) + shape.blocks * moved / device.bandwidth_uncached
-    # In float32: weight, best weight, gradient, two moments; and where there are zeros.
-    working = job.calibration_batch * job.seqlen * block.saved + weights * (4.0 * 5 + 1 + 2 * size)
+    # In float32 gradient, two moments and, where the model is in half precision, weight; where there are zeros; in the
+    # model's dtype weight, best weight and gradient.
+    working = job.calibration_batch * job.seqlen * block.saved + weights * (4.0 * (4 if size < 4 else 3) + 1 + 3 * size)
     memory = device.baseline_bytes + resident_bytes(shape, job) + 2 * hidden_bytes(shape, job) + working
     return Phase("reconstruct", flops, seconds, memory + block_bytes(shape, job))

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..solvers import LayerSolver, PruningSpec
 from ..solvers.fusing import run_by
+from ..solvers.inverse import LEAF, by_products, cut
+from ..solvers.precision import Form
 from .probe import Traffic, nbytes, tensors
 
 # The small layers have so many inputs, and two of them so many rows: what differs between these grows with the rows.
@@ -45,18 +47,61 @@ def count_solver(spec: PruningSpec, *, fused: bool = False) -> SolverCounts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         inputs, weight = torch.randn(4 * _WIDTH, _WIDTH), torch.randn(_MORE, _WIDTH)
-    products, halves, moved = [], [], []
+    products, half_products, moved = [], [], []
     for rows in (_FEWER, _MORE):
         with FlopCounterMode(display=False) as flops, _SolverTraffic() as traffic:
             how = traffic.run_pass if fused else None
             with run_by(how):
                 LayerSolver(inputs.T @ inputs, spec).prune(weight[:rows])
-        halves.append(traffic.half_flops)
+        half_products.append(traffic.half_flops)
         products.append(flops.get_total_flops() - traffic.half_flops)
         moved.append(traffic.moved)
     rows = _MORE - _FEWER
-    plain, half, rest = (more - fewer for fewer, more in (products, halves, moved))
+    plain, half, rest = (more - fewer for fewer, more in (products, half_products, moved))
     return SolverCounts(plain / rows / _WIDTH**2, half / rows / _WIDTH**2, rest / rows / _WIDTH)
+
+
+@dataclass(frozen=True)
+class InverseCounts:
+    """What it takes to invert a Gram matrix (in, in).
+
+    Args:
+        plain: Operations in factorisations, in float32.
+        halves: Operations in products of half-precision matrices.
+        moved: Bytes that is read and written beside these.
+    """
+
+    plain: float
+    halves: float
+    moved: float
+
+
+@cache
+def count_inverse(size: int, form: Form) -> InverseCounts:
+    """Count what `shifted_inverse` does with a matrix (size, size), and products of a `Multiplier`'s form."""
+    if form == "plain" or size <= LEAF:
+        # Of these three quarters are those of inverting what was factorised.
+        return InverseCounts(2.0 * size**3, 0.0, 0.0)
+    one, other = cut(size)
+    first, last = count_inverse(one, form), count_inverse(other, form)
+    # Each of the four products is three of half precision.
+    products = 3 * 2.0 * (2 * other * one**2 + 2 * one * other**2)
+    return InverseCounts(
+        first.plain + last.plain,
+        first.halves + last.halves + products,
+        first.moved + last.moved + _moved_by_a_cut() * size**2,
+    )
+
+
+@cache
+def _moved_by_a_cut() -> float:
+    """Count the bytes that the products of one cut read and write beside, for each entry of the matrix."""
+    moved = []
+    for leaf in (_WIDTH, 2 * _WIDTH):
+        with _SolverTraffic() as traffic:
+            by_products(torch.eye(2 * _WIDTH), leaf)
+        moved.append(traffic.moved)
+    return (moved[0] - moved[1]) / (2 * _WIDTH) ** 2
 
 
 class _SolverTraffic(Traffic):

@@ -60,12 +60,12 @@ def reconstruct(
     steps = min(ranks.all_gather_object(len(training)))
     with _differentiable():
         names = [f"{name}.weight" for name in find_linears(block)]
-        weights = {name: block.get_parameter(name).detach().float().clone().requires_grad_() for name in names}
-        zeros = [weight.detach() == 0 for weight in weights.values()]
-        dtype = block.get_parameter(names[0]).dtype
+        # As the block multiplies with them, in its dtype; and in float32, as Adam has them: the same where it is that.
+        rounded = {name: block.get_parameter(name).detach().clone().requires_grad_() for name in names}
+        weights = {name: weight.detach().float() for name, weight in rounded.items()}
+        is_kept = [weight != 0 for weight in weights.values()]
 
         def error(batch: Batch, target: Tensor) -> Tensor:
-            rounded = {name: weight.to(dtype) for name, weight in weights.items()}
             output = batch.run(lambda *args, **kwargs: functional_call(block, rounded, args, kwargs))
             return relative_error_per_token(output, target.to(output.device)).mean()
 
@@ -80,13 +80,15 @@ def reconstruct(
             return float(both[0] / both[1])
 
         start = best = held_out_error()
-        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        kept = {name: weight.detach().clone() for name, weight in rounded.items()}
         rates = [config.reconstruction_rate * _root_mean_square(weight) for weight in weights.values()]
         optimizer = torch.optim.Adam(
             [{"params": [weight], "lr": rate} for weight, rate in zip(weights.values(), rates, strict=True)],
             betas=(0.9, 0.95),
             fused=True,  # one pass over the weights, where each step is worth one window only
         )
+        for weight in weights.values():
+            weight.grad = torch.empty_like(weight)
         order = torch.Generator().manual_seed(seed)
         total_steps = config.reconstruction_epochs * steps
         for epoch in range(config.reconstruction_epochs):
@@ -98,19 +100,23 @@ def reconstruct(
                 with ranks.errors_shared():
                     # A layer whose output only chooses, as a router's does, has no gradient: it counts as 0.
                     gradients = torch.autograd.grad(
-                        error(*training[index]), list(weights.values()), allow_unused=True, materialize_grads=True
+                        error(*training[index]) / ranks.size,
+                        list(rounded.values()),
+                        allow_unused=True,
+                        materialize_grads=True,
                     )
-                for weight, gradient, zero in zip(weights.values(), gradients, zeros, strict=True):
+                for weight, gradient, keep in zip(weights.values(), gradients, is_kept, strict=True):
                     # Without a gradient, ever, Adam leaves a zero as it is. Processes sum tensors whose numbers lie in
                     # the same order.
-                    weight.grad = gradient.contiguous().masked_fill_(zero, 0.0)
-                    ranks.all_reduce(weight.grad)
-                    weight.grad /= ranks.size
-                with ranks.errors_shared():
+                    ranks.all_reduce(torch.mul(gradient, keep, out=weight.grad))
+                with ranks.errors_shared(), torch.no_grad():
                     optimizer.step()
+                    for name, weight in weights.items():
+                        if weight.dtype != rounded[name].dtype:
+                            rounded[name].copy_(weight)
             if (now := held_out_error()) < best:
                 best = now
-                for name, weight in weights.items():
+                for name, weight in rounded.items():
                     kept[name].copy_(weight.detach())
         if best < start:
             with torch.no_grad():

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from .config import MAIHTConfig
+from .inverse import shifted_inverse
 from .patterns import Pattern
 from .precision import Multiplier, final_form
-from .problem import ScaledGram, scale_weight, shifted_cholesky, unscale_weight
+from .problem import ScaledGram, scale_weight, unscale_weight
 from .solution import Solution
 
 # The paper's settings: all steps, the first ones in which the mask changes, penalty ρ, damping of the unit diagonal.
@@ -53,11 +54,11 @@ def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
     """
     damped = gram.correlation.clone()
     damped.diagonal().add_(DAMPING)
-    lower = shifted_cholesky(
-        damped, RHO, who="ADMM", tried=f"damping {DAMPING} and ρ = {RHO}", advice="check that gram is XᵀX"
-    )
     form = final_form(config.precision)
-    return Prepared(Multiplier(damped, form), Multiplier(torch.cholesky_inverse(lower), form))
+    inverse = shifted_inverse(
+        damped, RHO, form, who="ADMM", tried=f"damping {DAMPING} and ρ = {RHO}", advice="check that gram is XᵀX"
+    )
+    return Prepared(Multiplier(damped, form), Multiplier(inverse, form))
 
 
 def solve(weight: Tensor, gram: ScaledGram, prepared: Prepared, pattern: Pattern, config: MAIHTConfig) -> Solution:

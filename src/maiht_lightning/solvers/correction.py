@@ -6,6 +6,7 @@ With inputs X (tokens, in) of a layer in the pruned model, X_d in the dense one 
        = W0 + c W0 Eᵀ (G + μ diag(d)²)⁻¹,   E = Xᵀ(X_d − X)
 
 is what a solver prunes in place of W0: its own objective with W1 as the dense weight is this one, but for a constant.
+With C of `problem` it is W0 + W0 K diag(d)⁻¹, where K = c Eᵀ diag(d)⁻¹ (C + μI)⁻¹.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .config import MAIHTConfig
+from .inverse import shifted_inverse
+from .precision import Multiplier, final_form
 from .problem import ScaledGram
 
 
@@ -22,36 +25,34 @@ class Correction:
     """What the layers that share an input need for it.
 
     Args:
-        lower: Cholesky factor of C + μI (in, in).
-        inverse_norms: diag(d)⁻¹ (in,); 0 for dead features.
-        drift: c · E (in, in).
+        multiply: Products with K (in, in).
+        reciprocal: diag(d)⁻¹ (in,); 0 for dead features.
     """
 
-    lower: Tensor
-    inverse_norms: Tensor
-    drift: Tensor
+    multiply: Multiplier
+    reciprocal: Tensor
 
     @classmethod
     def prepare(cls, gram: ScaledGram, drift: Tensor, config: MAIHTConfig) -> "Correction":
-        """Factorise C + μI.
+        """Compute K from E (in, in).
 
         Raises:
-            FloatingPointError: It is not positive definite.
+            FloatingPointError: C + μI is not positive definite.
         """
-        damped = gram.correlation.clone()
-        damped.diagonal().add_(config.mu)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info):
-            raise FloatingPointError(
-                f"the Gram matrix could not be factorised in {damped.dtype} (minor {int(info)} of {len(damped)} is not "
-                f"positive definite, with μ = {config.mu}): raise mu, or set dense_targets = 0"
-            )
-        inverse = torch.where(gram.norms > 0, gram.norms.reciprocal(), 0)
-        return cls(lower, inverse, drift.to(damped.dtype) * config.dense_targets)
+        form = final_form(config.precision)
+        inverse = shifted_inverse(
+            gram.correlation,
+            config.mu,
+            form,
+            who="The dense targets' correction",
+            tried=f"μ = {config.mu}",
+            advice="raise mu, or set dense_targets = 0",
+        )
+        reciprocal = torch.where(gram.norms > 0, gram.norms.reciprocal(), 0)
+        right = (drift.to(inverse.dtype).T * reciprocal).mul_(config.dense_targets)
+        return cls(Multiplier(Multiplier(inverse, form)(right), form), reciprocal)
 
     def apply(self, weight: Tensor) -> Tensor:
         """W1 for W0 (out, in), in the dtype of the Gram matrix."""
-        dense = weight.to(self.drift.dtype)
-        right = (self.drift @ dense.T).mul_(self.inverse_norms[:, None])  # diag(d)⁻¹ c E W0ᵀ (in, out)
-        change = torch.cholesky_solve(right, self.lower).mul_(self.inverse_norms[:, None])
-        return dense + change.T
+        dense = weight.to(self.reciprocal.dtype)
+        return self.multiply(dense).mul_(self.reciprocal).add_(dense)

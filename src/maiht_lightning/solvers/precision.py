@@ -113,12 +113,12 @@ class Left(NamedTuple):
 
 
 class Multiplier:
-    """Multiplies matrices (rows, in) from the right by one matrix (in, in), of which it keeps what the form needs.
+    """Multiplies matrices (rows, in) from the right by one matrix (in, n), of which it keeps what the form needs.
 
     Nothing waits for the device when it is called.
 
     Args:
-        matrix: (in, in), float32, or for `plain` any dtype.
+        matrix: (in, n), mostly square, float32, or for `plain` any dtype.
         form: `plain`: as torch multiplies matrices of this dtype, see `float32_products`. `fp16x3`: as float32 does,
             from half-precision products. `fp16`: both sides rounded to 11 significant bits, float32 sums.
 
@@ -129,7 +129,7 @@ class Multiplier:
 
     def __init__(self, matrix: Tensor, form: Form = "plain") -> None:
         self.form, self.device = form, matrix.device
-        self._columns, self.exponent, self._right = matrix.shape[1], 0, matrix
+        self._inputs, self.exponent, self._right = matrix.shape[0], 0, matrix
         if form == "plain":
             return
         self.exponent = min(LIMIT, TOP - int(torch.frexp(matrix.abs().max()).exponent))
@@ -145,7 +145,7 @@ class Multiplier:
     def rough(self) -> "Multiplier":
         """The same as `fp16` from one that is `fp16x3`, which takes no more memory."""
         other = copy.copy(self)
-        other.form, other._right = "fp16", self._right[: self._columns]
+        other.form, other._right = "fp16", self._right[: self._inputs]
         return other
 
     def to(self, device: torch.device | str) -> "Multiplier":
@@ -159,9 +159,9 @@ class Multiplier:
     def left(self, rows: int) -> Left:
         """Room for a matrix (rows, in) to be multiplied."""
         if self.form == "plain":
-            return Left(self._right.new_empty(rows, self._columns), None, 0)
+            return Left(self._right.new_empty(rows, self._inputs), None, 0)
         parts = 3 if self.form == "fp16x3" else 1
-        matrix = torch.empty(rows, parts * self._columns, dtype=torch.float16, device=self.device)
+        matrix = torch.empty(rows, parts * self._inputs, dtype=torch.float16, device=self.device)
         return Left(matrix, torch.zeros(rows, 1, dtype=torch.int32, device=self.device), parts)
 
     def left_for(self, values: Tensor) -> Left:
@@ -169,7 +169,7 @@ class Multiplier:
         return Left(values, None, 0) if self.form == "plain" else self.left(len(values))
 
     def product(self, left: Left, out: Tensor | None = None) -> Tensor:
-        """What was put in that room times the matrix: (rows, in), but for the `scale` of its rows."""
+        """What was put in that room times the matrix: (rows, n), but for the `scale` of its rows."""
         if self.form == "plain":
             return torch.mm(left.matrix, self._right, out=out)
         if left.matrix.is_cuda:
@@ -177,7 +177,7 @@ class Multiplier:
         return torch.mm(left.matrix.float(), self._right, out=out)
 
     def __call__(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """The product of a matrix (rows, in) with the matrix (in, in); `out` (rows, in) is overwritten."""
+        """The product of a matrix (rows, in) with the matrix (in, n); `out` (rows, n) is overwritten."""
         left = self.left_for(values)
         left.fill(values)
         product = self.product(left, out)

@@ -100,23 +100,6 @@ def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
     return float(values[-1] + residual)
 
 
-def shifted_cholesky(matrix: Tensor, shift: float, *, who: str, tried: str, advice: str) -> Tensor:
-    """The lower Cholesky factor (in, in) of M + shift · I for a Gram matrix M (in, in), which stays as it is.
-
-    Raises:
-        FloatingPointError: It is not positive definite; the message says who tried what, and the advice.
-    """
-    shifted = matrix.clone()
-    shifted.diagonal().add_(shift)
-    lower, info = torch.linalg.cholesky_ex(shifted)
-    if int(info):
-        raise FloatingPointError(
-            f"{who} could not factorise the Gram matrix in {matrix.dtype} (minor {int(info)} of {len(matrix)} is not "
-            f"positive definite, with {tried}): {advice}"
-        )
-    return lower
-
-
 def relative_error(weight: Tensor, pruned: Tensor, gram: ScaledGram, form: Form = "plain") -> float:
     """‖X(W − W0)ᵀ‖² / ‖X W0ᵀ‖², from W0 and W (out, in); 0 when the dense output is 0.
 

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from .config import MAIHTConfig
 from .fusing import one_pass
+from .inverse import shifted_inverse
 from .patterns import Pattern
 from .precision import Left, Multiplier, final_form, scale, search_form
-from .problem import ScaledGram, largest_eigenvalue, scale_weight, shifted_cholesky, unscale_weight
+from .problem import ScaledGram, largest_eigenvalue, scale_weight, unscale_weight
 from .solution import Solution
 
 FIRST, LAST = 0.05, 1.0
@@ -70,7 +71,7 @@ def products(config: MAIHTConfig) -> int:
 
 
 def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
-    """Factorise A + ρI for every ρ.
+    """Invert A + ρI for every ρ.
 
     Raises:
         FloatingPointError: It is not positive definite.
@@ -81,14 +82,15 @@ def prepare(gram: ScaledGram, config: MAIHTConfig) -> Prepared:
     penalties = [FIRST * (LAST / FIRST) ** (level / max(1, number - 1)) for level in range(number)]
     inverses = []
     for penalty in penalties:
-        lower = shifted_cholesky(
+        inverse = shifted_inverse(
             matrix,
             penalty,
+            final_form(config.precision),
             who="mAIHT",
             tried=f"μ = {config.mu} and ρ = {penalty:.2g}",
             advice="check that gram is XᵀX, or solve with candidates='gradient', which factorises nothing",
         )
-        inverses.append(Multiplier(torch.cholesky_inverse(lower), search_form(config.precision)))
+        inverses.append(Multiplier(inverse, search_form(config.precision)))
     largest = largest_eigenvalue(gram.correlation) + config.mu
     step_size = config.step_scale / max(largest, torch.finfo(torch.float32).tiny)
     return Prepared(Multiplier(matrix, final_form(config.precision)), inverses, penalties, step_size)
