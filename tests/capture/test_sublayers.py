@@ -102,9 +102,8 @@ def test_batches_are_multiplied_together(streams, monkeypatch, at_once, products
         seen.append(len(tokens))
         add_gram(gram, tokens, buffer)
 
-    monkeypatch.setattr(sublayers, "TOGETHER", at_once)
     monkeypatch.setattr(sublayers, "add_gram", watch)
-    group = accumulate_group(block, inputs, names, dense=stream)
+    group = accumulate_group(block, inputs, names, dense=stream, at_once=at_once)
     ours, theirs = seen_by(pruned, block.mlp.gate_proj), seen_by(dense, stream.block.mlp.gate_proj)
     assert sum(seen) == len(ours)
     assert len(seen) == products

@@ -1,6 +1,7 @@
 """Inverses by products, beside those of NumPy's in float64."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers.oracle import LAYERS, cases, load
 from helpers.problems import make_problem
 from maiht_lightning.estimate.solver import _SolverTraffic, count_inverse
-from maiht_lightning.solvers import inverse
+from maiht_lightning.solvers import LayerSolver, MAIHTConfig, PruningSpec, inverse
 from maiht_lightning.solvers.inverse import by_products, cut, shifted_inverse
 from maiht_lightning.solvers.problem import scale_gram
 
@@ -50,6 +51,23 @@ def test_of_real_layers(name, shift):
     gram = scale_gram(load(name)["gram"].float()).correlation
     found = by_products(gram + shift * torch.eye(len(gram)), 128)
     assert distance(found, exact(gram, shift)) < 2e-5
+
+
+def test_it_is_by_products_where_the_solvers_are_of_halves(monkeypatch):
+    seen = []
+
+    def watch(matrix):
+        seen.append(len(matrix))
+        return by_products(matrix)
+
+    monkeypatch.setattr(inverse, "by_products", watch)
+    weight, gram = (each.float() for each in make_problem(0, 4, 24))
+    config = MAIHTConfig(candidates="preconditioned", iterations=12, sublayers=True, dense_targets=0.5)
+    for precision, number in (("float32", 0), ("tf32", 0), ("float64", 0), ("fp16x3", 3), ("mixed", 3)):
+        spec = PruningSpec.parse(config=replace(config, precision=precision))
+        LayerSolver(gram, spec, torch.zeros_like(gram)).prune(weight)
+        assert seen == [24] * number, precision  # two penalties and the dense targets
+        seen.clear()
 
 
 def test_the_matrix_stays_as_it_is():

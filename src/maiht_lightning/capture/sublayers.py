@@ -28,9 +28,9 @@ from .grams import (
     slice_rows,
 )
 
-# So many tokens, or a batch that has more, are multiplied at once: to add a product to the sum takes as long as that of
-# some thousand tokens on a GPU, and of some hundred on a CPU.
-TOGETHER = 16384
+# For windows that go through the blocks one by one: to add a product to a sum takes as long as that of some thousand
+# tokens on a GPU, and of some hundred on a CPU.
+TOKENS_AT_ONCE = 16384
 
 
 @dataclass
@@ -73,6 +73,7 @@ def accumulate_group(
     dense: DenseStream | None = None,
     tf32: bool = False,
     entry: Entry | None = None,
+    at_once: int = 1,
 ) -> InputGroup:
     """Run all batches through a block up to the input X of one group of layers, and sum XᵀX.
 
@@ -86,6 +87,8 @@ def accumulate_group(
         tf32: Round float32 inputs to TF32 in the products, on CUDA devices that have it.
         entry: Keep the inputs with the batches, so that this module begins at them from now on, until the block is
             passed. The layers before in the module must stay as they are.
+        at_once: Batches are multiplied together until they have so many tokens. Sums of others than single batches
+            depend, in the last bits, on which these are.
 
     Raises:
         ValueError: The inputs are not finite.
@@ -99,7 +102,7 @@ def accumulate_group(
         if dense is not None and other is not None:
             seen.append(_input_of(dense.block, names[0], other, dense.entry))
         waiting.append(seen)
-        if number < len(inputs.batches) and sum(len(inner) for inner, *_ in waiting) < TOGETHER:
+        if number < len(inputs.batches) and sum(len(inner) for inner, *_ in waiting) < at_once:
             continue
         factors = [as_factor(torch.cat(parts)) for parts in zip(*waiting, strict=True)]
         waiting.clear()

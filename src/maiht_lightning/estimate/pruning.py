@@ -6,7 +6,7 @@ from math import ceil
 import torch
 
 from ..capture.grams import slice_rows
-from ..capture.sublayers import TOGETHER
+from ..capture.sublayers import TOKENS_AT_ONCE
 from ..solvers import splitting
 from ..solvers.config import HELD_OUT
 from ..solvers.precision import bytes_per_entry, final_form, search_form
@@ -103,8 +103,8 @@ def _capture(shape: ModelShape, job: Job, device: Device, known: list[Known]) ->
     # The products of two different inputs have no symmetry to be saved.
     drifts = shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams) if job.settings.dense_targets else 0.0
     at_once = job.calibration_batch * job.seqlen
-    if job.settings.sublayers:
-        at_once = min(tokens, max(at_once, TOGETHER))
+    if job.settings.sublayers and job.settings.reconstruction_epochs:
+        at_once = min(tokens, max(at_once, TOKENS_AT_ONCE))
     # Each time half of a product (in, in), and all of one of two inputs, is written and read in float32 and added to
     # the sum in float64. The inputs (tokens, in) are turned to float32, unless a GPU multiplies them in half precision.
     matrices, inputs = (1.5, 2) if job.settings.dense_targets else (0.5, 1)
@@ -141,29 +141,27 @@ def _solve(shape: ModelShape, job: Job, device: Device, known: list[Known]) -> P
     fuses = not device.is_host and not spec.pattern.group
     counts, config = count_solver(spec, fused=fuses), spec.config
     flops = shape.blocks * sum(counts.products * layer.outputs * layer.inputs**2 for layer in shape.layers)
-    # TF32 does not reach factorisations and what is solved with them.
-    form = final_form(config.precision)
-    solved = 0.0
-    if job.method == "sparsegpt":
-        # It factorises and inverts the Gram matrix (in, in).
-        solved += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
-    inverted = 1.0 * bool(job.method == "admm") + bool(config.dense_targets)
+    # TF32 does not reach factorisations. Each penalty of the splitting has an inverse, and so has the correction.
+    inverted = (job.method == "admm") + (config.dense_targets > 0)
     if job.method == "maiht" and config.candidates == "preconditioned":
         inverted += splitting.levels(config.iterations)
+    form = final_form(config.precision)
     inverses = [count_inverse(n, form) for n in shape.grams]
-    solved += shape.blocks * inverted * sum(each.plain for each in inverses)
-    halves = shape.blocks * inverted * sum(each.halves for each in inverses)
-    moved = shape.blocks * inverted * sum(each.moved for each in inverses)
+    solved, halves, moved = (
+        float(shape.blocks * inverted * sum(numbers))
+        for numbers in zip(*((each.plain, each.halves, each.moved) for each in inverses), strict=True)
+    )
     if config.dense_targets:
         # A product for each input, and one for each layer.
-        corrected = 2.0 * sum(n**3 for n in shape.grams) + sum(2.0 * la.outputs * la.inputs**2 for la in shape.layers)
+        corrected = sum(2.0 * n**3 for n in shape.grams) + sum(2.0 * la.outputs * la.inputs**2 for la in shape.layers)
         if form == "plain":
             flops += shape.blocks * corrected
         else:
             halves += shape.blocks * 3 * corrected
     if job.method == "sparsegpt":
-        # SparseGPT also updates the columns in later blocks of columns. `count_solver` does not see it, as its small
-        # layers have one block.
+        # It factorises and inverts the Gram matrix (in, in), and updates the columns in later blocks of columns, which
+        # `count_solver` does not see, as its small layers have one block.
+        solved += shape.blocks * sum(2.0 * n**3 for n in shape.grams)
         flops += shape.blocks * sum(1.0 * layer.outputs * layer.inputs**2 for layer in shape.layers)
     moved += shape.blocks * counts.moved * sum(layer.weights for layer in shape.layers)
     full_rate = device.flops_fp32 / (2 if config.precision == "float64" else 1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..capture.block_inputs import Batch, BlockInputs
 from ..capture.entries import Entry
 from ..capture.grams import InputGroup, accumulate_grams
-from ..capture.sublayers import DenseStream, accumulate_group, find_groups
+from ..capture.sublayers import TOKENS_AT_ONCE, DenseStream, accumulate_group, find_groups
 from ..distributed import Ranks
 from ..models.blocks import find_linears, weight_of
 from ..models.memory import with_room
@@ -129,7 +129,13 @@ class Streams:
         names, entry, dense_entry = sublayer
         if self._dense is not None and dense_block is not None and self._fits_to_dense:
             dense = DenseStream(self._dense, dense_block, dense_entry)
-        return [self._with_room(lambda: accumulate_group(block, inputs, names, dense=dense, tf32=tf32, entry=entry))]
+        # Where blocks are trained, batches are single windows.
+        at_once = TOKENS_AT_ONCE if self._config.reconstruction_epochs else 1
+
+        def accumulate() -> InputGroup:
+            return accumulate_group(block, inputs, names, dense=dense, tf32=tf32, entry=entry, at_once=at_once)
+
+        return [self._with_room(accumulate)]
 
     @property
     def _fits_to_dense(self) -> bool:
