@@ -19,6 +19,8 @@ from helpers.small_task import write_boolq
 from maiht_lightning import MAIHTConfig, prune, prune_layer
 from maiht_lightning.capture.block_inputs import record_inputs
 from maiht_lightning.capture.grams import accumulate_grams
+from maiht_lightning.capture.hidden_states import HiddenStateStore
+from maiht_lightning.capture.sublayers import DenseStream, accumulate_group, find_groups
 from maiht_lightning.evaluation.lm_eval_tasks import load_tasks
 from maiht_lightning.evaluation.perplexity import perplexity
 from maiht_lightning.evaluation.zero_shot import zero_shot
@@ -26,6 +28,8 @@ from maiht_lightning.models.blocks import evaluation_mode, find_blocks, find_lin
 from maiht_lightning.models.loading import load_model
 from maiht_lightning.solvers import resolve_config
 from maiht_lightning.solvers.fusing import failures, run_by, unfused
+from maiht_lightning.solvers.inverse import shifted_inverse
+from maiht_lightning.solvers.problem import scale_gram
 from maiht_lightning.solvers.slices import copy_beside, page_locked
 
 pytestmark = pytest.mark.gpu
@@ -162,6 +166,44 @@ def test_grams_are_those_of_what_the_layers_multiply(gpu, dtype, autocast):
         scale = wanted.diagonal().sqrt()
         difference = (group.gram.cpu() - wanted) / scale / scale[:, None]
         assert difference.abs().max() < 2e-5, group.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_dense_model_has_elsewhere_is_exact(gpu, dtype):
+    """Xᵀ(X_d − X) is a difference of products: its error is small beside what layers see, also from half precision."""
+    dense = llama(dtype).to(gpu)
+    sparse = copy.deepcopy(dense)
+    first, block = find_blocks(sparse).modules[:2]
+    with torch.no_grad():
+        for linear in find_linears(first).values():
+            weight = weight_of(linear)
+            weight[weight.abs() < weight.abs().median()] = 0
+        ours = record_inputs(sparse, find_blocks(sparse).modules, list(WINDOWS.to(gpu).split(2)))
+        theirs = ours.twin(HiddenStateStore("device", gpu))
+        ours.pass_through(first)
+        theirs.pass_through(find_blocks(dense).modules[0])
+        names = find_groups(block, ours)[0][0]
+        found = accumulate_group(block, ours, names, dense=DenseStream(theirs, find_blocks(dense).modules[1]))
+        seen = []
+        for model in (sparse, dense):
+            layer = find_linears(find_blocks(model).modules[1])[names[0]]
+            layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].cpu().double().flatten(0, -2)))
+            for tokens in WINDOWS.to(gpu).split(2):
+                model(input_ids=tokens)
+    inputs, others = torch.cat(seen[:3]), torch.cat(seen[3:])
+    wanted = inputs.T @ (others - inputs)
+    scale = inputs.norm(dim=0)
+    assert (wanted / scale / scale[:, None]).abs().max() > 1e-3
+    assert ((found.drift.cpu() - wanted) / scale / scale[:, None]).abs().max() < 4e-5
+
+
+@pytest.mark.parametrize("form", ["plain", "fp16x3"])
+def test_inverses_by_products_and_by_factorisations(gpu, form):
+    _, gram = make_problem(0, 1, 2400, tokens=4000)
+    correlation = scale_gram(gram.float()).correlation
+    wanted = torch.linalg.inv(correlation.double() + 0.1 * torch.eye(2400))
+    found = shifted_inverse(correlation.to(gpu), 0.1, form, who="", tried="", advice="").cpu()
+    assert (found.double() - wanted).norm() < 2e-5 * wanted.norm()
 
 
 @pytest.mark.parametrize("memory_budget", [None, 200_000])
