@@ -14,7 +14,7 @@ from helpers.oracle import LAYERS, cases, load
 from helpers.problems import make_problem
 from maiht_lightning.estimate.solver import _SolverTraffic, count_inverse
 from maiht_lightning.solvers import LayerSolver, MAIHTConfig, PruningSpec, inverse
-from maiht_lightning.solvers.inverse import by_products, cut, shifted_inverse
+from maiht_lightning.solvers.inverse import by_products, half_of, shifted_inverse
 from maiht_lightning.solvers.problem import scale_gram
 
 WORDS = {"who": "mAIHT", "tried": "μ = 0.1", "advice": "look at gram"}
@@ -109,7 +109,7 @@ def test_what_it_takes_is_what_is_counted(monkeypatch):
     found = count_inverse(384, "fp16x3")
     count_inverse.cache_clear()
     # 384, 192, 96 and 48 rows.
-    assert [cut(size) for size in (384, 192, 96)] == [(192, 192), (96, 96), (48, 48)]
+    assert [half_of(size) for size in (384, 192, 96)] == [192, 96, 48]
     assert found.plain == 8 * 2 * 48**3
     assert found.halves == flops.get_total_flops()
     assert found.moved == pytest.approx(traffic.moved, rel=0.1)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..solvers import LayerSolver, PruningSpec
 from ..solvers.fusing import run_by
-from ..solvers.inverse import LEAF, by_products, cut
+from ..solvers.inverse import LEAF, by_products, half_of
 from ..solvers.precision import Form
 from .probe import Traffic, nbytes, tensors
 
@@ -68,7 +68,7 @@ class InverseCounts:
     Args:
         plain: Operations in factorisations, in float32.
         halves: Operations in products of half-precision matrices.
-        moved: Bytes that is read and written beside these.
+        moved: Bytes that are read and written beside these.
     """
 
     plain: float
@@ -82,7 +82,8 @@ def count_inverse(size: int, form: Form) -> InverseCounts:
     if form == "plain" or size <= LEAF:
         # Of these three quarters are those of inverting what was factorised.
         return InverseCounts(2.0 * size**3, 0.0, 0.0)
-    one, other = cut(size)
+    one = half_of(size)
+    other = size - one
     first, last = count_inverse(one, form), count_inverse(other, form)
     # Each of the four products is three of half precision.
     products = 3 * 2.0 * (2 * other * one**2 + 2 * one * other**2)

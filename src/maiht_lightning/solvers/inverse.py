@@ -48,10 +48,9 @@ def shifted_inverse(matrix: Tensor, shift: float, form: Form, *, who: str, tried
     return torch.cholesky_inverse(lower)
 
 
-def cut(size: int) -> tuple[int, int]:
-    """Rows of P and of R; tensor cores take multiples of 8 numbers."""
-    first = -(-size // 16) * 8
-    return first, size - first
+def half_of(size: int) -> int:
+    """Rows of P; tensor cores take multiples of 8 numbers."""
+    return -(-size // 16) * 8
 
 
 def by_products(matrix: Tensor, leaf: int = LEAF) -> Tensor:
@@ -63,7 +62,7 @@ def by_products(matrix: Tensor, leaf: int = LEAF) -> Tensor:
     size = len(matrix)
     if size <= leaf:
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    half, _ = cut(size)
+    half = half_of(size)
     found = torch.empty_like(matrix)
     first = by_products(matrix[:half, :half], leaf)  # P⁻¹
     below = matrix[half:, :half]  # Q
