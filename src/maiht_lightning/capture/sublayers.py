@@ -104,7 +104,8 @@ def accumulate_group(
         waiting.append(seen)
         if number < len(inputs.batches) and sum(len(inner) for inner, *_ in waiting) < at_once:
             continue
-        factors = [as_factor(torch.cat(parts)) for parts in zip(*waiting, strict=True)]
+        # A batch alone is not copied.
+        factors = [as_factor(torch.cat(each) if len(each) > 1 else each[0]) for each in zip(*waiting, strict=True)]
         waiting.clear()
         if group is None:
             sums = [torch.zeros(size, size, dtype=torch.float64, device=factor.device) for factor in factors]

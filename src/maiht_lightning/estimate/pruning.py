@@ -102,15 +102,16 @@ def _capture(shape: ModelShape, job: Job, device: Device, known: list[Known]) ->
     grams = shape.blocks * sum(gram_flops(n, tokens, torch_device) for n in shape.grams)
     # The products of two different inputs have no symmetry to be saved.
     drifts = shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams) if job.settings.dense_targets else 0.0
-    at_once = job.calibration_batch * job.seqlen
+    at_once = batch = job.calibration_batch * job.seqlen
     if job.settings.sublayers and job.settings.reconstruction_epochs:
-        at_once = min(tokens, max(at_once, TOKENS_AT_ONCE))
+        at_once = min(tokens, max(batch, TOKENS_AT_ONCE))
+    is_joined = at_once > batch
     # Each time half of a product (in, in), and all of one of two inputs, is written and read in float32 and added to
     # the sum in float64. The inputs (tokens, in) are turned to float32, unless a GPU multiplies them in half precision.
     matrices, inputs = (1.5, 2) if job.settings.dense_targets else (0.5, 1)
     moved = ceil(tokens / at_once) * matrices * sum(n * n * (4 + 4 + 16) for n in shape.grams)
     is_turned = size > 2 or device.is_host
-    moved += inputs * tokens * sum(shape.grams) * ((size + 4) * is_turned + 2 * size * job.settings.sublayers)
+    moved += inputs * tokens * sum(shape.grams) * ((size + 4) * is_turned + 2 * size * is_joined)
     rounded = device.flops_tf32 if size == 2 or job.settings.precision == "tf32" else device.flops_fp32
     seconds = forward / model_rate(job, device) + (grams + drifts) / (rounded if is_turned else device.flops_bf16)
     seconds += shape.blocks * moved / device.bandwidth
@@ -128,8 +129,8 @@ def _capture(shape: ModelShape, job: Job, device: Device, known: list[Known]) ->
     else:
         sums = sum(8.0 * n * n for n in shape.grams)
     sums += 4.0 * slice_rows(widest, torch_device) * widest
-    working = job.calibration_batch * job.seqlen * shape.block_counts(size).peak
-    working += at_once * inputs * widest * (2 * size * job.settings.sublayers + 4 * is_turned)
+    working = batch * shape.block_counts(size).peak
+    working += at_once * inputs * widest * (2 * size * is_joined + 4 * is_turned)
     streams = max(_streams(job), 1 + job.settings.measures_dense)
     memory = device.baseline_bytes + resident_bytes(shape, job) + sums + streams * hidden_bytes(shape, job) + working
     return Phase("capture", forward + grams + drifts, seconds, memory)
