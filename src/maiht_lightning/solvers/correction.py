@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import MAIHTConfig
 from .inverse import shifted_inverse
 from .precision import Multiplier, final_form
-from .problem import ScaledGram
+from .problem import ScaledGram, reciprocal_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Correction:
             tried=f"μ = {config.mu}",
             advice="raise mu, or set dense_targets = 0",
         )
-        reciprocal = torch.where(gram.norms > 0, gram.norms.reciprocal(), 0)
+        reciprocal = reciprocal_of(gram.norms)
         right = (drift.to(inverse.dtype).T * reciprocal).mul_(config.dense_targets)
         return cls(Multiplier(Multiplier(inverse, form)(right), form), reciprocal)
 

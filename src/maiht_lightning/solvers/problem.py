@@ -35,10 +35,15 @@ class ScaledGram:
     norms: Tensor
 
 
+def reciprocal_of(norms: Tensor) -> Tensor:
+    """diag(d)⁻¹ (in,); 0 for dead features."""
+    return torch.where(norms > 0, norms.reciprocal(), 0)
+
+
 def scale_gram(gram: Tensor, dtype: torch.dtype = torch.float32) -> ScaledGram:
     """Bring G (in, in) to unit diagonal; `gram` is left as it is."""
     norms = gram.diagonal().to(dtype).clamp_min(0).sqrt()  # d (in,)
-    inverse = torch.where(norms > 0, norms.reciprocal(), 0)
+    inverse = reciprocal_of(norms)
     # Columns and rows of G (in, in) are divided one after the other, since products of extreme norms could leave the
     # floating-point range. The bounds are Cauchy-Schwarz, which rounding may break where features are nearly zero.
     correlation = (gram.to(dtype) * inverse).mul_(inverse[:, None]).clamp_(-1, 1)
@@ -59,7 +64,7 @@ def scale_weight(weight: Tensor, norms: Tensor) -> tuple[Tensor, int]:
 
 def unscale_weight(scaled: Tensor, exponent: int, norms: Tensor) -> Tensor:
     """W = S · diag(d)⁻¹ (out, in); 0 for dead features."""
-    return (scaled * 2.0**exponent).mul_(torch.where(norms > 0, norms.reciprocal(), 0))
+    return (scaled * 2.0**exponent).mul_(reciprocal_of(norms))
 
 
 def largest_eigenvalue(matrix: Tensor, steps: int = LANCZOS_STEPS) -> float:
