@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +28,13 @@ def distance(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
 
+def cuts(size, leaf):
+    """How often a matrix is cut until `leaf` rows are left."""
+    return 0 if size <= leaf else 1 + cuts(half_of(size), leaf)
+
+
 @settings(max_examples=40, deadline=None)
+@example(seed=0, size=35, leaf=8, tokens=1, shift=0.05)  # numbers of one size, so that their errors are of one sign
 @given(
     seed=st.integers(0, 2**16),
     size=st.integers(1, 96),
@@ -42,8 +48,10 @@ def test_an_inverse_by_products_is_as_exact_as_they_are(seed, size, leaf, tokens
     before, expected = shifted.clone(), exact(shifted, 0)
     found = by_products(shifted, leaf)
     assert torch.equal(shifted, before)
-    # What float32 from halves leaves out, 2⁻²² of each product, times what any inverse makes of it.
-    assert distance(found, expected) <= 2**-20 * np.linalg.cond(shifted.double().numpy())
+    # Each of a cut's four products leaves out up to 2⁻²¹ of itself, half for what two halves cannot hold, half for
+    # their low parts' product. That adds up where cuts are nested, and is multiplied by what any inverse makes of it.
+    bound = 2**-19 * max(1, cuts(size, leaf)) * np.linalg.cond(shifted.double().numpy())
+    assert distance(found, expected) <= bound
 
 
 @pytest.mark.parametrize(("name", "shift"), cases(*itertools.product(LAYERS, (0.05, 0.1))))
