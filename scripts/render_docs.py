@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/methods/index.md")
 RESULTS = ROOT / "docs" / "results"
 FIGURE = ROOT / "docs" / "results-perplexity.png"
+TEXTS = {"wikitext2": "perplexity", "c4": "on C4"}
 TASKS = {
     "boolq": "BoolQ",
     "rte": "RTE",
@@ -52,15 +53,17 @@ def entry_name(entry: str) -> str:
 
 
 def methods(found: dict[str, Any]) -> str:
-    """A row a run: perplexity, accuracies where there are any, and the layers' mean relative error."""
+    """A row a run: perplexities, accuracies where there are any, and the layers' mean relative error."""
+    texts = [text for text in TEXTS if text in found["dense"]["perplexity"]]
     tasks = [task for task in TASKS if task in found["dense"].get("tasks", {})]
 
     def cells(stage: dict[str, Any]) -> list[str]:
         accuracies = [f"{100 * stage['tasks'][task]['acc']:.1f}" for task in tasks]
         mean = [f"{100 * stage['mean_accuracy']:.1f}"] if tasks else []
-        return [perplexity(stage["perplexity"]["wikitext2"]), *accuracies, *mean]
+        measured = [perplexity(stage["perplexity"][text]) if text in stage["perplexity"] else "" for text in texts]
+        return [*measured, *accuracies, *mean]
 
-    headings = ["setting", "method", "perplexity", *(TASKS[task] for task in tasks), *["mean"][: len(tasks)]]
+    headings = ["setting", "method", *(TEXTS[text] for text in texts), *(TASKS[task] for task in tasks), *["mean"][: len(tasks)]]
     rows = [["dense", "", *cells(found["dense"]), ""]]
     for run in found["runs"]:
         label = [named(run["setting"]), entry_name(run["method"])]
@@ -147,6 +150,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "more-text": ("smollm2_64.json", methods),
     "most-text": ("smollm2_128.json", methods),
     "ratios": ("smollm2.json", ratios),
+    "most-ratios": ("smollm2_128.json", ratios),
     "ablation": ("ablation.json", ablation),
     "layer-errors": ("layer_error.json", layer_errors),
     "solver-speed": ("solver_speed.json", speed),
