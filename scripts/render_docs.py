@@ -63,12 +63,12 @@ def methods(found: dict[str, Any]) -> str:
         measured = [perplexity(stage["perplexity"][text]) if text in stage["perplexity"] else "" for text in texts]
         return [*measured, *accuracies, *mean]
 
-    headings = ["setting", "method", *(TEXTS[text] for text in texts), *(TASKS[task] for task in tasks), *["mean"][: len(tasks)]]
+    measures = [*(TEXTS[text] for text in texts), *(TASKS[task] for task in tasks), *["mean"][: len(tasks)]]
     rows = [["dense", "", *cells(found["dense"]), ""]]
     for run in found["runs"]:
         label = [named(run["setting"]), entry_name(run["method"])]
         rows.append([*label, *cells(run), f"{run['mean_relative_error']:.4f}"])
-    return table([*headings, "relative error"], rows, 2)
+    return table(["setting", "method", *measures, "relative error"], rows, 2)
 
 
 def ratios(found: dict[str, Any]) -> str:

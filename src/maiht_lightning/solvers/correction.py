@@ -11,7 +11,6 @@ With C of `problem` it is W0 + W0 K diag(d)⁻¹, where K = c Eᵀ diag(d)⁻¹ 
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .config import MAIHTConfig
