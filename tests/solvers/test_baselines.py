@@ -1,7 +1,7 @@
 """Baselines: SparseGPT, ADMM-Grad, Wanda and magnitude against plainly written float64 references."""
 
-import math
 from fractions import Fraction
+from math import floor, inf
 
 import pytest
 import torch
@@ -125,15 +125,15 @@ def test_admm_is_the_plain_loop(pattern, sparsity):
             score, mask = (s + u).abs(), torch.ones_like(target)
             now = goal * (1 - (1 - Fraction(step + 1, 15)) ** 3)
             if pattern == "unstructured":
-                mask.view(-1)[score.view(-1).argsort()[: math.floor(now * target.numel())]] = 0
+                mask.view(-1)[score.view(-1).argsort()[: floor(now * target.numel())]] = 0
             elif pattern == "row":
-                mask.scatter_(1, score.argsort(1)[:, : math.floor(now * target.shape[1])], 0)
+                mask.scatter_(1, score.argsort(1)[:, : floor(now * target.shape[1])], 0)
             else:
                 keep, group = map(int, pattern.split(":"))
                 allowed = torch.zeros_like(mask, dtype=torch.bool)
                 allowed.view(-1, group).scatter_(1, score.view(-1, group).argsort(1)[:, : group - keep], True)
                 score[~allowed] = torch.inf
-                mask.view(-1)[score.view(-1).argsort()[: math.floor(now * target.numel())]] = 0
+                mask.view(-1)[score.view(-1).argsort()[: floor(now * target.numel())]] = 0
         z = (s + u) * mask
         u = u + s - z
         s = torch.linalg.solve(a + torch.eye(len(a), dtype=a.dtype), (target @ a + z - u).T).T
@@ -252,4 +252,4 @@ def test_any_layer_gets_finite_weights_and_exact_counts(data):
     assert (first.weight[~first.mask] == 0).all()
     assert torch.equal(first.weight, second.weight)
     # No bound: of two features that cancel each other, a method without compensation may remove one.
-    assert 0 <= first.relative_error < math.inf
+    assert 0 <= first.relative_error < inf
