@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from helpers.divergence import definition
 from maiht_lightning import CausalLMModule, FrozenSparsity, prune, save_compact
 from maiht_lightning.callbacks.distillation import Distillation
+from maiht_lightning.models.divergence import distillation_loss
 from maiht_lightning.recovery import distillation as core
-from maiht_lightning.recovery.distillation import distillation_loss, distilled
+from maiht_lightning.recovery.distillation import distilled
 
 # Many short fits: several seconds in all.
 pytestmark = pytest.mark.slow

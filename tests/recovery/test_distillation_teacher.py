@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from maiht_lightning.recovery.distillation import distillation_loss, distilled
+from maiht_lightning.models.divergence import distillation_loss
+from maiht_lightning.recovery.distillation import distilled
 
 TOKENS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
