@@ -122,6 +122,7 @@ def bench(name: str, blocks: int | None, job: Job, device: torch.device, local: 
         "capture": report.capture_seconds,
         "solve": report.solve_seconds,
         "reconstruct": report.reconstruction_seconds,
+        "rescale": report.rescaling_seconds,
     }
     phases: dict[str, dict[str, Any]] = {}
     for phase in predicted["local"].phases:

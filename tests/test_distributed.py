@@ -245,6 +245,78 @@ def test_what_fails_in_one_process_within_reconstruction_or_writing_ends_all(tmp
         assert all("model.layers.0 could not be reconstructed" in message for message in messages)
 
 
+FAIL_LEARNING = """
+    from maiht_lightning.pruning.rescaling import Rescaling
+
+    calls, real = [], Rescaling._gradient
+
+    def failing(self, *arguments):
+        calls.append(None)
+        if rank == 1 and len(calls) == 2:
+            raise RuntimeError("made to fail")
+        return real(self, *arguments)
+
+    Rescaling._gradient = failing
+    try:
+        prune(model, windows, config="paper,rescaling_epochs=1,iterations=2", process_group=group, progress=False)
+    except RuntimeError as error:
+        open(f"error_{rank}", "w").write(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_while_factors_are_learnt_ends_all(tmp_path):
+    finished(FAIL_LEARNING, 2, tmp_path)
+    messages = [(tmp_path / f"error_{rank}").read_text() for rank in (0, 1)]
+    assert all("could not be rescaled" in message and "made to fail" in message for message in messages)
+    assert "process 1 has failed" in messages[0]
+
+
+LEARN = """
+    from maiht_lightning.solvers import MAIHTConfig
+
+    for parameter in model.parameters():  # larger than at the start, so that there is something to learn
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    config = MAIHTConfig(rescaling_epochs=2)
+    report = prune(model, windows, method="magnitude", config=config, process_group=group, progress=False)
+    torch.save({"weights": model.state_dict(), "divergence": report.divergence}, f"of_{world}_{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_factors_are_shared_by_processes(tmp_path):
+    """A step takes a window from each, so that the factors are others than those of one process."""
+    for processes in (1, 2):
+        finished(LEARN, processes, tmp_path)
+    alone, first, second = (torch.load(tmp_path / f"of_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    assert first["divergence"] == second["divergence"]
+    for found in (alone, first):
+        before, after = found["divergence"]
+        assert after < before
+    for name, weight in first["weights"].items():
+        assert torch.equal(second["weights"][name], weight), name
+        assert torch.equal(alone["weights"][name] == 0, weight == 0), name
+
+
+SHARDED_FACTORS = """
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.model.layers:
+        fully_shard(block)
+    try:
+        prune(model, windows, config="best", process_group=group, progress=False)
+    except ValueError as error:
+        open(f"error_{rank}", "w").write(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_shards_of_a_model_are_not_rescaled(tmp_path):
+    finished(SHARDED_FACTORS, 2, tmp_path)
+    for rank in (0, 1):
+        assert "is in shards, and to learn factors" in (tmp_path / f"error_{rank}").read_text()
+
+
 WAIT = """
     import pathlib
     def on_block(records):

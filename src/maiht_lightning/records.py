@@ -61,6 +61,9 @@ class PruningReport:
         journal_seconds: Wall-clock time of opening the journal, for which the model's weights are digested, and of
             writing finished blocks to it, in seconds.
         peak_memory_bytes: Highest GPU memory of this process meanwhile, in bytes; 0 without a GPU.
+        rescaling_seconds: Wall-clock time in which factors were learnt through the whole model, in seconds.
+        divergence: KL divergence of the dense model's predictions from the pruned model's on held-out calibration
+            windows, in nats per token, before and after that; None where nothing was learnt so.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)
@@ -70,11 +73,14 @@ class PruningReport:
     reconstruction_seconds: float = 0.0
     journal_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    rescaling_seconds: float = 0.0
+    divergence: tuple[float, float] | None = None
 
     @property
     def seconds(self) -> float:
         """Wall-clock time of all parts, in seconds."""
-        return self.capture_seconds + self.solve_seconds + self.reconstruction_seconds + self.journal_seconds
+        trained = self.reconstruction_seconds + self.rescaling_seconds
+        return self.capture_seconds + self.solve_seconds + trained + self.journal_seconds
 
     @property
     def sparsity(self) -> float:

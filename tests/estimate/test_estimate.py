@@ -150,7 +150,7 @@ def test_operations_follow_the_iterations(llama):
     ids=["paper", "balanced", "best", "owl"],
 )
 def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch, config):
-    """A block's capture and reconstruction, of a model that is large enough for what happens once not to matter."""
+    """Capture and training, of a model that is large enough for what happens once not to matter."""
     model = tiny_llama(vocab_size=64, num_hidden_layers=6)
     windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
 
@@ -174,18 +174,22 @@ def test_operations_beside_the_solver_are_those_counted(tiny_llama, monkeypatch,
     monkeypatch.setattr("maiht_lightning.estimate.plan.find_device", find)
     config = replace(config, iterations=2, refine_iterations=1)
     counted, predicted = [], []
-    for epochs in (0, 2) if config.reconstruction_epochs else (0,):
-        spec = PruningSpec.parse(config=replace(config, reconstruction_epochs=epochs))
+    trained = {"reconstruct": config.reconstruction_epochs, "rescale": config.rescaling_epochs}
+    for phases in ([], ["reconstruct"], ["rescale"]):
+        if not all(trained[phase] for phase in phases):
+            continue
+        epochs = {"reconstruction_epochs": 2 * ("reconstruct" in phases), "rescaling_epochs": 2 * ("rescale" in phases)}
+        spec = PruningSpec.parse(config=replace(config, **epochs))
         with FlopCounterMode(display=False) as flops:
             prune(copy.deepcopy(model), windows, config=spec.config, progress=False)
         counted.append(flops.get_total_flops())
         found = predict_pruning(model, spec, samples=6, seqlen=16, batch_size=1)
-        assert found.keys() == {"capture", "solve", *(["reconstruct"] if epochs else [])}
+        assert found.keys() == {"capture", "solve", *phases}
         assert all(phase["seconds"] > 0 and phase["device_bytes"] > 0 for phase in found.values())
         predicted.append(sum(phase["flops"] for name, phase in found.items() if name != "solve"))
     assert predicted[0] == pytest.approx(counted[0], rel=0.12)
-    if config.reconstruction_epochs:
-        assert predicted[1] - predicted[0] == pytest.approx(counted[1] - counted[0], rel=0.15)
+    for of_more, in_fact in zip(predicted[1:], counted[1:], strict=True):
+        assert of_more - predicted[0] == pytest.approx(in_fact - counted[0], rel=0.15)
 
 
 def test_the_solvers_products_are_counted(llama):

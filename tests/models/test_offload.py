@@ -395,6 +395,7 @@ def test_maiht_prune_from_disk(tiny_folder, tmp_path, monkeypatch):
         (["prune", "--pruning.offload", "gpu"], "offload"),
         (["prune", "--pruning.hidden_states", "gpu"], "hidden_states"),
         (["prune", "--pruning.offload", "disk", "--pruning.compact", "true"], "maiht export"),
+        (["prune", "--pruning.offload", "disk", "--pruning.config", "best"], "best,rescaling_epochs=0"),
     ],
 )
 def test_what_cannot_be_offloaded_is_refused_before_the_work(options, message, tiny_folder, tmp_path, capsys):

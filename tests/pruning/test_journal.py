@@ -139,6 +139,7 @@ CONFIG = {
     "sublayers": True,
     "reconstruction_epochs": 1,
     "reconstruction_rate": 0.02,
+    "rescaling_epochs": 1,
     "allocation": "depth",
     "allocation_spread": 0.1,
 }

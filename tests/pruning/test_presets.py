@@ -83,7 +83,9 @@ def test_what_the_presets_switch_on():
     assert replace(balanced, sublayers=False, dense_targets=0.0, reconstruction_epochs=0) == fast
     assert best.reconstruction_epochs > balanced.reconstruction_epochs
     assert best.iterations > balanced.iterations
-    steps = {name: getattr(balanced, name) for name in ("iterations", "refine_iterations", "reconstruction_epochs")}
+    assert best.rescaling_epochs > balanced.rescaling_epochs == 0
+    more = "iterations", "refine_iterations", "reconstruction_epochs", "rescaling_epochs"
+    steps = {name: getattr(balanced, name) for name in more}
     assert replace(best, **steps) == balanced
 
 
@@ -149,7 +151,7 @@ def test_identities_of_older_journals_are_those_of_the_published_setting():
         "keep_zeros",
     }
     assert PruningSpec.parse(config="paper").identity()["config"].keys() == older
-    newer = {"candidates", "sublayers", "dense_targets", "reconstruction_epochs"}
+    newer = {"candidates", "sublayers", "dense_targets", "reconstruction_epochs", "rescaling_epochs"}
     assert PruningSpec.parse(config="best").identity()["config"].keys() == older | newer
     identities = [json.dumps(PruningSpec.parse(config=name).identity()) for name in PRESETS]
     assert len(set(identities)) == len(PRESETS)

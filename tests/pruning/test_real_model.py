@@ -46,6 +46,34 @@ def test_maiht_beats_wanda_beats_magnitude_in_every_layer(smollm2, tokenizer, re
     assert mean["wanda"] < mean["magnitude"]
 
 
+def test_factors_bring_the_predictions_nearer_to_the_dense_models(smollm2, tokenizer, real_data):
+    """On text that nothing was learnt from, in both data sets."""
+    windows = C4Calibration(samples=12, sampling="packed").windows(tokenizer, 96)
+    unseen = torch.cat(
+        [
+            C4Calibration(samples=5, sampling="packed", seed=1).windows(tokenizer, 96),
+            evaluation_windows("wikitext2", tokenizer, 96, max_windows=5),
+        ]
+    )
+
+    def predictions(model):
+        with torch.no_grad():
+            return model(input_ids=unseen).logits.log_softmax(-1)
+
+    dense, found = predictions(smollm2), []
+    for epochs in (0, 1):
+        model = copy.deepcopy(smollm2)
+        config = resolve_config(f"paper,rescaling_epochs={epochs}")
+        report = prune(model, windows, sparsity=0.6, method="wanda", config=config, progress=False)
+        divergence = torch.nn.functional.kl_div(predictions(model), dense, log_target=True, reduction="none").sum(-1)
+        found.append(divergence.mean(1))
+    before, after = report.divergence
+    assert after < before
+    # Ten windows, each of which might be an exception.
+    assert (found[1] < found[0]).sum() > 7
+    assert found[1].mean() < 0.97 * found[0].mean()
+
+
 def test_dense_perplexity_on_wikitext2(smollm2_folder, tokenizer, real_data):
     """The whole model, against the losses that transformers itself computes, window by window."""
     model = load_model(str(smollm2_folder)).eval()

@@ -227,6 +227,22 @@ assert not found, found
     subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {source!r})\n{script}"], check=True)
 
 
+def test_how_far_predictions_were_is_told(tmp_path, tiny_llama, capsys):
+    logger = Notes()
+    record = recorder(tmp_path / "run", loggers=[logger])
+    record.begin(tiny_llama(vocab_size=64))
+    # Of several prunings the last one's is the model's.
+    for divergence in ((9.0, 8.0), (0.75, 0.5)):
+        record.pruned(replace(report(), divergence=divergence, rescaling_seconds=2.0))
+    record.finish_pruning(report())
+    assert logger.noted["prune/divergence/before"] == (0.75, 0)
+    assert logger.noted["prune/divergence/after"] == (0.5, 0)
+    assert logger.noted["seconds/rescale"] == (4.0, 0)
+    assert Summary.read(tmp_path / "run").divergence == [0.75, 0.5]
+    assert "0.750 → 0.500" in (tmp_path / "run" / "report.html").read_text()
+    assert "rescale 4 s" in capsys.readouterr().out
+
+
 def test_the_pruning_has_a_peak_of_its_own(tmp_path, tiny_llama, monkeypatch, capsys):
     from maiht_lightning.reporting import recorder as module
     from maiht_lightning.reporting.run.page import cost

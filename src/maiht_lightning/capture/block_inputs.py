@@ -186,9 +186,10 @@ def record_inputs(
     return BlockInputs(found)
 
 
-@torch.no_grad()
 def logits_from_hidden(model: nn.Module, blocks: tuple[nn.Module, ...], tokens: Tensor, hidden: Tensor) -> Tensor:
     """Compute the logits (windows, seqlen, vocabulary) of a model whose last block has returned `hidden`.
+
+    They are differentiable by it where gradients are on.
 
     Args:
         model: As for `record_inputs`.

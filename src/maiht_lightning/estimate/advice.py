@@ -16,6 +16,7 @@ _CHANGES: dict[str, list[dict[str, Any]]] = {
     "capture": [{"batch_size": 1}, {"offload": "cpu"}],
     "solve": [{"offload": "cpu"}],
     "reconstruct": [{"offload": "cpu"}],
+    "rescale": [{"offload": "cpu"}],
     "evaluate": [{"eval_batch_size": 1}, {"offload": "cpu"}],
     "tasks": [{"task_batch_size": 1}, {"offload": "cpu"}],
 }

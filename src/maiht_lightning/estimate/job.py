@@ -92,7 +92,7 @@ class Phase:
     """A part of a run.
 
     Args:
-        name: `finetune`, `capture`, `solve`, `reconstruct`, `evaluate` or `tasks`.
+        name: `finetune`, `capture`, `solve`, `reconstruct`, `rescale`, `evaluate` or `tasks`.
         flops: Operations in matrix products.
         seconds: Wall-clock time.
         device_bytes: Most memory of the computing device that is in use.

@@ -67,8 +67,8 @@ def predict_pruning(
         offload: As for `MAIHTPruning`.
 
     Returns:
-        By phase of the pruning, `capture`, `solve` and, where there is one, `reconstruct`, its `seconds`, `flops` and
-        `device_bytes`; empty for models that cannot be estimated.
+        By phase of the pruning, `capture`, `solve` and, where they are, `reconstruct` and `rescale`, its `seconds`,
+        `flops` and `device_bytes`; empty for models that cannot be estimated.
     """
     try:
         shape, dtype = ModelShape.of(model), str(model.dtype)

@@ -1,4 +1,4 @@
-"""Predicting a pruning: capturing what the layers see, solving for their weights, training what is left of a block."""
+"""Predicting a pruning: capturing what the layers see, solving for their weights, training what is left."""
 
 from collections.abc import Iterator
 from math import ceil
@@ -25,7 +25,7 @@ Known = tuple[str, int]
 
 
 def pruning_phases(shape: ModelShape, job: Job, device: Device) -> Iterator[Phase]:
-    """Predict the phases `capture`, `solve` and, where blocks are trained, `reconstruct`."""
+    """Predict the phases `capture`, `solve` and, where something is trained, `reconstruct` and `rescale`."""
     # As much of what layers see is kept while a block is pruned as there is room for: a tenth of the memory is left.
     known = _worth_keeping(shape, job)
     while True:
@@ -36,6 +36,8 @@ def pruning_phases(shape: ModelShape, job: Job, device: Device) -> Iterator[Phas
     yield from phases
     if job.settings.reconstruction_epochs:
         yield _reconstruct(shape, job, device)
+    if job.settings.rescaling_epochs:
+        yield _rescale(shape, job, device)
 
 
 def gram_flops(inputs: int, tokens: int, device: torch.device) -> float:
@@ -103,7 +105,7 @@ def _capture(shape: ModelShape, job: Job, device: Device, known: list[Known]) ->
     # The products of two different inputs have no symmetry to be saved.
     drifts = shape.blocks * sum(2.0 * tokens * n**2 for n in shape.grams) if job.settings.dense_targets else 0.0
     at_once = batch = job.calibration_batch * job.seqlen
-    if job.settings.sublayers and job.settings.reconstruction_epochs:
+    if job.settings.sublayers and job.settings.trains:
         at_once = min(tokens, max(batch, TOKENS_AT_ONCE))
     is_joined = at_once > batch
     # Each time half of a product (in, in), and all of one of two inputs, is written and read in float32 and added to
@@ -208,3 +210,29 @@ def _reconstruct(shape: ModelShape, job: Job, device: Device) -> Phase:
     working = job.calibration_batch * job.seqlen * block.saved + weights * (4.0 * (4 if size < 4 else 3) + 1 + 3 * size)
     memory = device.baseline_bytes + resident_bytes(shape, job) + 2 * hidden_bytes(shape, job) + working
     return Phase("reconstruct", flops, seconds, memory + block_bytes(shape, job))
+
+
+def _rescale(shape: ModelShape, job: Job, device: Device) -> Phase:
+    tokens, size, epochs = job.samples * job.seqlen, job.itemsize, job.settings.rescaling_epochs
+    held_out = 1 / HELD_OUT
+    steps, measured = epochs * (1 - held_out), (epochs + 1) * held_out
+    # A step is a forward pass, another one of each block on the way back, and gradients by inputs, not by weights.
+    flops = (3 * steps + measured) * shape.blocks * forward_flops(shape, job, tokens)
+    # Logits of both models, and the gradient by one of them. To learn how blocks return their output, one is run.
+    flops += (3 * steps + 2 * measured) * 2.0 * tokens * shape.hidden * shape.vocabulary
+    flops += 2 * (steps + measured) * forward_flops(shape, job, tokens)
+    block, head = shape.block_counts(size), shape.head_counts(size)
+    # What a layer sees is multiplied in float32 and rounded, and what it returns as well; the way back is twice that.
+    factors = sum(la.inputs * (2 * size + 8) + la.outputs * (3 * size + 16) for la in shape.layers)
+    moved = steps * (block.forward + block.training + 4 * factors) + measured * (block.forward + factors)
+    moved = tokens * (shape.blocks * moved + (steps + measured) * (head.forward + head.training))
+    seconds = flops / model_rate(job, device) + moved / device.bandwidth_uncached
+    if job.offload != "none":
+        seconds += job.samples * (2 * steps + measured) * shape.blocks * block_bytes(shape, job) / device.host_link
+    # A window's hidden states before each block and after the last, what one block and its factors remember, and both
+    # models' logits with the gradient.
+    kept = sum((la.inputs + la.outputs) * (size + 4) for la in shape.layers)
+    logits = head.saved + shape.vocabulary * (4 + 3 * size)
+    window = (shape.blocks + 1) * shape.hidden * size + max(block.saved + kept, logits)
+    memory = device.baseline_bytes + resident_bytes(shape, job) + 2 * hidden_bytes(shape, job)
+    return Phase("rescale", flops, seconds, memory + job.calibration_batch * job.seqlen * window)

@@ -87,7 +87,7 @@ class BlockPruner:
             self.streams.settle()
             if self.streams.have_dense:
                 self.streams.pass_dense_block(copy_of(block))
-            self._put(index, block, weights)
+            self.put(index, block, weights)
             self.streams.pass_block(block)
             self.loader.prefetch(index + 1)
             self.report.capture_seconds += time.perf_counter() - start
@@ -107,7 +107,7 @@ class BlockPruner:
         else:
             weights, records = self._prune_groups(block, index)
             self._save(index, weights, records)
-        self._put(index, block, weights)
+        self.put(index, block, weights)
         self.streams.pass_block(block)
         return records
 
@@ -173,7 +173,7 @@ class BlockPruner:
                 self.journal.save(index, weights, records)
                 self.report.journal_seconds += time.perf_counter() - start
 
-    def _put(self, index: int, block: nn.Module, weights: dict[str, Tensor]) -> None:
+    def put(self, index: int, block: nn.Module, weights: dict[str, Tensor]) -> None:
         """Write the pruned weights (out, in) into the block at work, and where the model keeps them."""
         _write(block, weights)
         if self.loader.copies:
@@ -284,8 +284,12 @@ class BlockPruner:
     def _path(self, index: int) -> str:
         return f"{self.loader.blocks.path}.{index}"
 
+    def show(self, what: str) -> None:
+        """Say beside the progress bar what is done."""
+        self._bar.set_postfix_str(what)
+
     def _show(self, index: int, what: str) -> None:
-        self._bar.set_postfix_str(f"block {index + 1}/{len(self.loader)}, {what}")
+        self.show(f"block {index + 1}/{len(self.loader)}, {what}")
 
 
 def _record(path: str, block: int, name: str, result: LayerResult) -> LayerRecord:

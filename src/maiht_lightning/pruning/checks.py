@@ -35,6 +35,12 @@ def check_weights(model: nn.Module, blocks: DecoderBlocks, spec: PruningSpec, *,
                 f"quantised"
             )
         spec.check_shape(weight.shape, path)
+        if spec.config.rescaling_epochs and (weight.is_meta or isinstance(weight, DTensor)):
+            where = "on disk" if weight.is_meta else "in shards"
+            raise ValueError(
+                f"{path} is {where}, and to learn factors through the whole model would bring all of it from there "
+                f"twice for each window: rescaling_epochs = 0 leaves them out, as in config = 'best,rescaling_epochs=0'"
+            )
         if weight.is_meta:
             if not on_disk_allowed:
                 raise ValueError(f"{path} is on disk, as its pruned weights must be: give journal_dir")

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 VERSION = 2
 RECORDS = "records.json"
 ALLOCATION = "allocation.json"
+RESCALING = "rescaling.safetensors"
 # What a damaged file may lead to, in safetensors, in JSON or where something is missing.
 _DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
@@ -113,8 +114,9 @@ class Journal:
             "digest": _digest_of(tensors),
         }
         with replacing(block_file(self.folder, block)) as partial:
-            # The records that `drop_weights` has left are those of an earlier pruning.
+            # The records that `drop_weights` has left are those of an earlier pruning, and factors of other weights.
             (self.folder / RECORDS).unlink(missing_ok=True)
+            (self.folder / RESCALING).unlink(missing_ok=True)
             save_file(tensors, partial, metadata=metadata)
 
     def allocation(self) -> dict[str, int] | None:
@@ -125,6 +127,29 @@ class Journal:
     def save_allocation(self, zeros: dict[str, int]) -> None:
         """Save the zeros of each layer's units: it is decided by the dense model, which a resumed pruning has not."""
         write_text(self.folder / ALLOCATION, json.dumps(zeros, indent=2))
+
+    def rescaling(self) -> tuple[Tensor, tuple[float, float]] | None:
+        """Read the factors of all layers (in one vector), and the divergence before and after; None if there are none.
+
+        If the file is damaged there are none, which is logged.
+        """
+        path = self.folder / RESCALING
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = _read_tensors(path)
+            before, after = json.loads(metadata["divergence"])
+            return tensors["factors"], (before, after)
+        except _DAMAGE as error:
+            log.warning("%s is damaged (%s): the factors are learnt again", path, error)
+            return None
+
+    def save_rescaling(self, factors: Tensor, divergence: tuple[float, float]) -> None:
+        """Save the factors of all layers (in one vector), which belong to the finished blocks' weights."""
+        tensors = {"factors": factors.cpu()}
+        metadata = {"divergence": json.dumps(divergence), "digest": _digest_of(tensors)}
+        with replacing(self.folder / RESCALING) as partial:
+            save_file(tensors, partial, metadata=metadata)
 
     def _continues(self, found: Any, settings: dict[str, Any]) -> bool:
         # Other versions' blocks are taken over, but not those of a journal that is newer than this code.
@@ -189,22 +214,27 @@ def drop_weights(folder: str | os.PathLike[str]) -> None:
     # Written before anything is deleted: a crash in between costs no record.
     if not (folder / RECORDS).exists():
         write_text(folder / RECORDS, json.dumps([asdict(record) for record in read_records(folder)], indent=2))
-    for file in files:
-        file.unlink()
+    for file in [*files, folder / RESCALING]:
+        file.unlink(missing_ok=True)
     sync(folder)
 
 
 def _read_block(path: Path, block: int) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     """Read a block's file; raises one of `_DAMAGE` unless it is as it was written."""
-    with safe_open(path, framework="pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    if _has_checksums(metadata):
-        if metadata["block"] != str(block):
-            raise ValueError(f"it is the file of block {metadata['block']}")
-        if metadata["digest"] != _digest_of(weights):
-            raise ValueError("its weights have another checksum than when they were written")
+    weights, metadata = _read_tensors(path)
+    if _has_checksums(metadata) and metadata["block"] != str(block):
+        raise ValueError(f"it is the file of block {metadata['block']}")
     return weights, _checked_records(metadata)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file's tensors by name and its metadata; raises one of `_DAMAGE` unless they are as they were written."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata: dict[str, str] = file.metadata()
+    if _has_checksums(metadata) and metadata["digest"] != _digest_of(tensors):
+        raise ValueError("its weights have another checksum than when they were written")
+    return tensors, metadata
 
 
 def _has_checksums(metadata: Mapping[str, str]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
-from ..capture.block_inputs import BlockInputs, record_inputs
+from ..capture.block_inputs import BlockInputs, logits_from_hidden, record_inputs
 from ..capture.hidden_states import (
     HiddenStateStore,
     NoStore,
@@ -41,9 +41,10 @@ from ..solvers import MAIHTConfig, Pattern, PruningSpec
 from ..solvers.precision import bytes_per_entry
 from ..solvers.slices import solver_bytes
 from .allocation import allocate, layer_sizes
-from .block_pruner import BlockPruner
+from .block_pruner import BlockPruner, PruningError
 from .checks import check_weights, check_windows
 from .journal import Journal, fingerprint
+from .rescaling import Rescaling, Window
 from .streams import Streams
 
 log = logging.getLogger(__name__)
@@ -174,8 +175,8 @@ def prune_model(
     shapes = [weight_of(linear).shape for _, linear in blocks.linears()]
     started = time.perf_counter()
     forget_peak(device)
-    # What is made in inference mode, in which a caller may be, could not be differentiated in a reconstruction.
-    inference_mode = torch.is_inference_mode_enabled() and not spec.config.reconstruction_epochs
+    # What is made in inference mode, in which a caller may be, could not be differentiated where something is trained.
+    inference_mode = torch.is_inference_mode_enabled() and not spec.config.trains
     with (
         torch.inference_mode(inference_mode),
         torch.no_grad(),
@@ -207,8 +208,47 @@ def prune_model(
         for records in pruner.run():
             if on_block is not None:
                 on_block(records)
+        if spec.config.rescaling_epochs:
+            _rescale(pruner, model, batches, partial(record, store=store))
         pruner.report.peak_memory_bytes = peak_of(device)
     return pruner.report
+
+
+def _rescale(
+    pruner: BlockPruner, model: nn.Module, batches: list[Tensor], record: Callable[[int], BlockInputs]
+) -> None:
+    """Multiply the rows and columns of the pruned weights with factors, learnt now or by an earlier process."""
+    start = time.perf_counter()
+    loader, ranks, report = pruner.loader, pruner.ranks, pruner.report
+    outer = without_block_weights(model, loader.blocks, loader.device) if loader.copies else model
+    logits = partial(logits_from_hidden, outer, find_blocks(outer).modules)
+    rescaling = Rescaling(loader, logits, ranks=ranks, on_step=pruner.show)
+    known = ranks.broadcast_object(None if pruner.journal is None else pruner.journal.rescaling())
+    if known is not None:
+        rescaling.factors.copy_(known[0])
+        report.divergence = known[1]
+    else:
+        try:
+            with ranks.errors_shared():
+                # In this order, so that the pruned model's hidden states are gone before there are others.
+                targets = pruner.streams.finish()
+                tokens = [batch.to(loader.device) for batch in batches]
+                windows = [Window(*each) for each in zip(record(1).batches, tokens, targets, strict=True)]
+            report.divergence = rescaling.learn(windows, pruner.spec.config.rescaling_epochs)
+        except (ValueError, RuntimeError) as error:
+            raise PruningError(
+                f"the pruned model could not be rescaled: {error}. Its blocks are pruned. rescaling_epochs = 0 leaves "
+                f"it out."
+            ) from error
+        with ranks.errors_shared():
+            if pruner.journal is not None:
+                pruner.journal.save_rescaling(rescaling.factors, report.divergence)
+    # Factors are far from 0, so that no weight becomes 0 and the counts of zeros stay.
+    for index in range(len(loader)):
+        block = loader.fetch(index)
+        loader.prefetch(index + 1)
+        pruner.put(index, block, rescaling.weights(index, block))
+    report.rescaling_seconds = time.perf_counter() - start
 
 
 def _share_of_batches(windows: Windows, batch_size: int, ranks: Ranks) -> list[Tensor]:

@@ -9,6 +9,7 @@ others, and held-out windows decide when to stop.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import cos, pi
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from ..distributed import Ranks
 from ..models.blocks import find_linears
 from ..solvers import MAIHTConfig
 from ..solvers.config import HELD_OUT
+
+T = TypeVar("T")
 
 # Inputs of a block, hidden states (windows, seqlen, hidden), and what it is to return for them.
 Pair = tuple[Batch, Tensor]
@@ -58,7 +61,7 @@ def reconstruct(
     training, held_out = (pairs, pairs) if len(pairs) < 4 else split(pairs)
     # A step takes one batch from every process, so that all do as many steps.
     steps = min(ranks.all_gather_object(len(training)))
-    with _differentiable():
+    with differentiable():
         names = [f"{name}.weight" for name in find_linears(block)]
         # As the block multiplies with them, in its dtype; and in float32, as Adam has them: the same where it is that.
         rounded = {name: block.get_parameter(name).detach().clone().requires_grad_() for name in names}
@@ -125,12 +128,12 @@ def reconstruct(
     return start, best
 
 
-def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+def split(batches: Sequence[T]) -> tuple[list[T], list[T]]:
     """Split batches into those to train with and those held out, every `HELD_OUT`-th and at least one."""
-    chosen = set(range(0, len(pairs), HELD_OUT))
+    chosen = set(range(0, len(batches), HELD_OUT))
     return (
-        [pair for index, pair in enumerate(pairs) if index not in chosen],
-        [pair for index, pair in enumerate(pairs) if index in chosen],
+        [batch for index, batch in enumerate(batches) if index not in chosen],
+        [batch for index, batch in enumerate(batches) if index in chosen],
     )
 
 
@@ -147,7 +150,7 @@ def _root_mean_square(weight: Tensor) -> float:
 
 
 @contextmanager
-def _differentiable() -> Iterator[None]:
+def differentiable() -> Iterator[None]:
     """Gradients, also where the caller has switched them off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield

@@ -81,6 +81,17 @@ class Streams:
         self._settle()
         return self._inputs.batches, [batch.hidden for batch in self._dense.batches]
 
+    def finish(self) -> list[Tensor]:
+        """Bring the dense model's hidden states through its last block, and return them (windows, seqlen, hidden).
+
+        The pruned model's are dropped.
+        """
+        assert self._dense is not None
+        # Others hold the object, but nobody holds what was in it.
+        self._inputs.batches = []
+        self._dense.settle()
+        return [batch.hidden for batch in self._dense.batches]
+
     def find_sublayers(self, block: nn.Module) -> list[Sublayer]:
         """Find which layers of a block share an input, in the order in which they run.
 
@@ -129,8 +140,8 @@ class Streams:
         names, entry, dense_entry = sublayer
         if self._dense is not None and dense_block is not None and self._fits_to_dense:
             dense = DenseStream(self._dense, dense_block, dense_entry)
-        # Where blocks are trained, batches are single windows.
-        at_once = TOKENS_AT_ONCE if self._config.reconstruction_epochs else 1
+        # Where something is trained, batches are single windows.
+        at_once = TOKENS_AT_ONCE if self._config.trains else 1
 
         def accumulate() -> InputGroup:
             return accumulate_group(block, inputs, names, dense=dense, tf32=tf32, entry=entry, at_once=at_once)

@@ -72,7 +72,7 @@ def finish_pruning(
     tflops: dict[str, float],
     global_step: int,
 ) -> list[str]:
-    """Log the counted sparsity, times, memory and TFLOP/s by phase."""
+    """Log the counted sparsity, divergence, times, memory and TFLOP/s by phase."""
 
     def finish(logger: Logger) -> None:
         metrics = {
@@ -80,6 +80,7 @@ def finish_pruning(
             **{f"seconds/{phase}": seconds for phase, seconds in summary.seconds.items()},
             "peak_memory_bytes": float(summary.peak_memory_bytes),
             **({"prune/peak_memory_bytes": float(peak)} if (peak := summary.pruning_memory_bytes) else {}),
+            **dict(zip(("prune/divergence/before", "prune/divergence/after"), summary.divergence, strict=False)),
             **{f"predicted/{phase}_seconds": found["seconds"] for phase, found in summary.predicted.items()},
             **{f"tflops/{phase}": rate for phase, rate in tflops.items()},
         }

@@ -168,11 +168,14 @@ class RunRecorder:
         self.summary.add_seconds("solve", report.solve_seconds)
         if report.reconstruction_seconds:
             self.summary.add_seconds("reconstruct", report.reconstruction_seconds)
+        if report.rescaling_seconds:
+            self.summary.add_seconds("rescale", report.rescaling_seconds)
         if report.journal_seconds:
             self.summary.add_seconds("journal", report.journal_seconds)
         self.summary.pruning_memory_bytes = max(self.summary.pruning_memory_bytes, report.peak_memory_bytes)
         if is_last:
             self.summary.measured_sparsity = report.sparsity
+            self.summary.divergence = list(report.divergence or ())
         if self.is_main and is_last:
             write_layers(self.folder, report.layers)
         elif self.is_main:
@@ -212,6 +215,7 @@ class RunRecorder:
             "capture": report.capture_seconds,
             "solve": report.solve_seconds,
             "reconstruct": report.reconstruction_seconds,
+            "rescale": report.rescaling_seconds,
         }
         return {phase: found["flops"] / seconds[phase] / 1e12 for phase, found in self.summary.predicted.items()}
 

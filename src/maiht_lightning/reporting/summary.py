@@ -13,7 +13,7 @@ from ..models.durable import replacing, write_text
 from ..records import LayerRecord, StageResult, Stages
 
 SUMMARY_FILE = "summary.json"
-PHASE_ORDER = ("fit", "capture", "solve", "reconstruct", "journal", "finetune", "evaluate")
+PHASE_ORDER = ("fit", "capture", "solve", "reconstruct", "rescale", "journal", "finetune", "evaluate")
 
 
 def fresh_run_folder(root: str | os.PathLike[str] = "runs") -> Path:
@@ -31,8 +31,8 @@ class Summary:
         pattern: Sparsity pattern.
         measured_sparsity: Fraction of zeros counted over all pruned layers.
         stages: What was measured at each stage.
-        seconds: Wall-clock time per phase: `fit`, `capture`, `solve`, `reconstruct`, `journal`, `finetune` and
-            `evaluate`.
+        seconds: Wall-clock time per phase: `fit`, `capture`, `solve`, `reconstruct`, `rescale`, `journal`, `finetune`
+            and `evaluate`.
         peak_memory_bytes: Highest GPU memory of the process, or its highest resident memory without a GPU.
         predicted: For runs with a logger, by phase (`capture`, `solve`) what `maiht estimate` makes of this machine:
             `seconds`, `flops` and `device_bytes`.
@@ -40,6 +40,8 @@ class Summary:
         notes: What went otherwise than asked for, and well.
         saved: The models that are whole in the run's folder.
         pruning_memory_bytes: Highest GPU memory of the process while it pruned; 0 without a GPU.
+        divergence: Where the pruned model was rescaled, how far its predictions were from the dense model's before and
+            after that, in nats per token; see `PruningReport`. Empty elsewhere.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Summary:
     notes: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     pruning_memory_bytes: int = 0
+    divergence: list[float] = field(default_factory=list)
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Add wall-clock time to a phase, which may have been at work before."""

@@ -57,6 +57,10 @@ class MAIHTConfig:
             outputs are the dense model's; see `maiht_lightning.pruning.reconstruction`. 0: none. A window is a step,
             so that the windows then go through the model one by one.
         reconstruction_rate: Adam's first step there, as a fraction of the root mean square of a layer's kept weights.
+        rescaling_epochs: Passes over the calibration windows in which, when all blocks are done, every row and column
+            of the pruned weights gets a factor, so that the whole model predicts what the dense one does; see
+            `maiht_lightning.pruning.rescaling`. 0: none. A window is a step here, too. Models on disk and in shards
+            cannot be rescaled.
         allocation: How a model's zeros are shared out to its layers; in total they are the same. `uniform`: as many in
             every layer, and always so with `N:M`. `depth`: growing evenly from the first block to the last. `owl`:
             fewer in blocks with many outliers. `error`: so that the next weight to go would add the same relative error
@@ -80,6 +84,7 @@ class MAIHTConfig:
     dense_targets: float = 0.0
     reconstruction_epochs: int = 0
     reconstruction_rate: float = 0.01
+    rescaling_epochs: int = 0
     allocation: Allocation = "uniform"
     allocation_spread: float = 0.125
 
@@ -89,7 +94,7 @@ class MAIHTConfig:
         for name, choices in (("candidates", Candidates), ("allocation", Allocation), ("precision", Precision)):
             if (found := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, but found {found!r}")
-        for name in ("iterations", "refine_iterations", "reconstruction_epochs"):
+        for name in ("iterations", "refine_iterations", "reconstruction_epochs", "rescaling_epochs"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number, at least 0, but found {getattr(self, name)!r}")
         if not 0 < self.step_scale < 1:
@@ -128,11 +133,16 @@ class MAIHTConfig:
     @property
     def has_dense_stream(self) -> bool:
         """Whether the dense model's hidden states are kept beside the pruned model's."""
-        return self.dense_targets > 0 or self.reconstruction_epochs > 0
+        return self.dense_targets > 0 or self.trains
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained on the calibration windows once supports are found."""
+        return self.reconstruction_epochs > 0 or self.rescaling_epochs > 0
 
     def windows_per_pass(self, asked: int) -> int:
-        """Windows per calibration forward pass, of which so many are asked for: a step of reconstruction takes one."""
-        return 1 if self.reconstruction_epochs else asked
+        """Windows per calibration forward pass, of which so many are asked for: a step of training takes one."""
+        return 1 if self.trains else asked
 
     @property
     def measures_dense(self) -> bool:
@@ -165,6 +175,7 @@ _NEWER = {
     "dense_targets",
     "reconstruction_epochs",
     "reconstruction_rate",
+    "rescaling_epochs",
     "allocation",
     "allocation_spread",
 }
@@ -189,6 +200,7 @@ PRESETS = {
         sublayers=True,
         dense_targets=0.5,
         reconstruction_epochs=4,
+        rescaling_epochs=1,
     ),
 }
 

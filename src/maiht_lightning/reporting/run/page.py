@@ -102,6 +102,15 @@ def headline(summary: Summary, records: list[LayerRecord]) -> list[Tile]:
                 f"greatest {formats.error(max(errors))}",
             )
         )
+    if summary.divergence:
+        before, after = (f"{nats:.3f}" for nats in summary.divergence)
+        tiles.append(
+            Tile(
+                "divergence from the dense model's predictions",
+                f"{before} → {after}",
+                "nats a token, before and after factors were learnt",
+            )
+        )
     return tiles
 
 
