@@ -25,6 +25,8 @@ PAGES = ("README.md", "docs/results.md", "docs/methods/index.md")
 RESULTS = ROOT / "docs" / "results"
 FIGURE = ROOT / "docs" / "results-perplexity.png"
 TEXTS = {"wikitext2": "perplexity", "c4": "on C4"}
+# `best` without its last step.
+BLOCKS = "maiht:best,rescaling_epochs=0"
 TASKS = {
     "boolq": "BoolQ",
     "rte": "RTE",
@@ -48,7 +50,7 @@ def named(setting: str) -> str:
 
 def entry_name(entry: str) -> str:
     """Write a method with its preset, such as `maiht:best`, for a reader."""
-    method, _, preset = entry.partition(":")
+    method, _, preset = entry.replace("rescaling_epochs=0", "no factors").partition(":")
     return ", ".join([method_name(method), *filter(None, preset.replace("=", " ").split(","))])
 
 
@@ -72,10 +74,13 @@ def methods(found: dict[str, Any]) -> str:
 
 
 def ratios(found: dict[str, Any]) -> str:
-    """A row a setting: the best of the published methods there are, and the presets' perplexities by its own."""
+    """A row a setting: the best of the published methods there are, and the presets' perplexities by its own.
+
+    Of `best` without its last step, too; presets that were measured at no setting have no column.
+    """
     value = {(run["setting"], run["method"]): run["perplexity"]["wikitext2"] for run in found["runs"]}
     entries = list(dict.fromkeys(run["method"] for run in found["runs"]))
-    ours = ["maiht:balanced", "maiht:best"]
+    ours = [entry for entry in ("maiht:balanced", BLOCKS, "maiht:best") if entry in entries]
     rows = []
     for setting in dict.fromkeys(run["setting"] for run in found["runs"]):
         measured = {entry: value[setting, entry] for entry in entries if (setting, entry) in value}
@@ -173,9 +178,14 @@ def rendered(text: str) -> str:
 
 
 def as_runs(found: dict[str, Any]) -> list[Run]:
-    """The results as the runs from which they were taken, as far as a figure needs them: without changed presets."""
+    """The results as the runs from which they were taken, as far as a figure needs them.
+
+    Of changed presets there is `best` without its last step alone.
+    """
     runs = []
-    for run in (run for run in found["runs"] if "," not in run["method"]):
+    for run in found["runs"]:
+        if "," in run["method"] and run["method"] != BLOCKS:
+            continue
         stages = Stages({"dense": StageResult.from_json(found["dense"]), "pruned": StageResult(run["perplexity"])})
         summary = Summary(entry_name(run["method"]), run["sparsity"], run["pattern"], run["measured_sparsity"], stages)
         name = Path(f"{run['setting']}-{run['method']}-{run['seed']}")

@@ -613,8 +613,9 @@ def test_the_table_of_files_is_a_runs_folder(folder, tmp_path, monkeypatch):
 
 def check_sections(logged):
     """The table of what is in a W&B run names all that this one has logged, and nothing else."""
-    # These need tasks, metrics of one's own, or reconstruction.
-    absent = {"mean_accuracy", "tasks/TASK/METRIC", "metrics/NAME", "block_error/before", "block_error/after"}
+    # These need tasks, metrics of one's own, reconstruction, or rescaling.
+    absent = {"mean_accuracy", "tasks/TASK/METRIC", "metrics/NAME"}
+    absent |= {f"{measure}/{when}" for measure in ("block_error", "divergence") for when in ("before", "after")}
     sections = set()
     for section, content, _ in rows_after("| section |"):
         names = re.findall(r"`(\w+)`", section)
@@ -703,6 +704,8 @@ def test_tables_without_results_say_so():
         assert script.rendered(text) == text, f"{page}: run scripts/render_docs.py"
 
 
+# `best` without its last step.
+BLOCKS = "maiht:best,rescaling_epochs=0"
 LABELS = {
     "magnitude": "magnitude",
     "Wanda": "wanda",
@@ -712,10 +715,16 @@ LABELS = {
     "mAIHT, paper": "maiht:paper",
     "mAIHT, balanced": "maiht:balanced",
     "mAIHT, best": "maiht:best",
-    "mAIHT, best, allocation depth": "maiht:best,allocation=depth",
-    "mAIHT, best, reconstruction_epochs 0": "maiht:best,reconstruction_epochs=0",
-    "mAIHT, best, reconstruction_epochs 0, allocation depth": "maiht:best,reconstruction_epochs=0,allocation=depth",
-    "mAIHT, best, reconstruction_epochs 1, allocation depth": "maiht:best,reconstruction_epochs=1,allocation=depth",
+    **{
+        f"mAIHT, best, no factors{more.replace('=', ' ').replace(',', ', ')}": f"{BLOCKS}{more}"
+        for more in (
+            "",
+            ",allocation=depth",
+            ",reconstruction_epochs=0",
+            ",reconstruction_epochs=0,allocation=depth",
+            ",reconstruction_epochs=1,allocation=depth",
+        )
+    },
 }
 PUBLISHED = ["magnitude", "wanda", "sparsegpt", "admm", "maiht:paper"]
 
@@ -781,7 +790,7 @@ def test_what_the_page_says_of_the_methods_follows_from_the_results():
     settings = list(dict.fromkeys(run["setting"] for run in found["runs"]))
     for setting in settings:
         # From the best to the worst, as far as they were measured there.
-        order = ["maiht:best", "maiht:balanced", "admm", "maiht:paper", "sparsegpt", "wanda", "magnitude"]
+        order = ["maiht:best", BLOCKS, "maiht:balanced", "admm", "maiht:paper", "sparsegpt", "wanda", "magnitude"]
         values = [perplexity[setting, name] for name in order if (setting, name) in perplexity]
         if setting == "0.3":
             assert max(values) < 1.003 * min(values)
@@ -789,13 +798,13 @@ def test_what_the_page_says_of_the_methods_follows_from_the_results():
         assert values == sorted(values)
         if (setting, "maiht:paper") in error:
             assert error[setting, "admm"] < error[setting, "maiht:paper"]
-    untrained, uneven = (f"maiht:best,reconstruction_epochs=0{more}" for more in ("", ",allocation=depth"))
+    untrained, uneven = (f"{BLOCKS},reconstruction_epochs=0{more}" for more in ("", ",allocation=depth"))
     assert perplexity["0.5", uneven] < perplexity["0.5", untrained]
-    assert perplexity["0.5", "maiht:best"] < perplexity["0.5", "maiht:best,allocation=depth"]
-    for one, other in ((uneven, untrained), ("maiht:best", "maiht:best,allocation=depth")):
+    assert perplexity["0.5", BLOCKS] < perplexity["0.5", f"{BLOCKS},allocation=depth"]
+    for one, other in ((uneven, untrained), (BLOCKS, f"{BLOCKS},allocation=depth")):
         assert perplexity["0.5", one] == pytest.approx(perplexity["0.5", other], rel=0.03)
     # What training is worth, by what there is without.
-    for trained, other in (("maiht:best", untrained), ("maiht:best,allocation=depth", uneven)):
+    for trained, other in ((BLOCKS, untrained), (f"{BLOCKS},allocation=depth", uneven)):
         both = [setting for setting in ("0.5", "0.7") if {(setting, trained), (setting, other)} <= perplexity.keys()]
         gains = [1 - perplexity[setting, trained] / perplexity[setting, other] for setting in both]
         assert gains == sorted(gains)
@@ -812,31 +821,37 @@ def test_what_the_page_says_of_more_text_follows_from_the_results():
         {run["method"]: run["perplexity"]["wikitext2"] for run in each["runs"] if run["setting"] == "0.7"}
         for each in (more, less)
     )
-    trained = "maiht:best,allocation=depth"
+    trained = f"{BLOCKS},allocation=depth"
     gained = {method: 1 - found[method] / before[method] for method in ("admm", trained)}
     assert gained[trained] > 3 * gained["admm"] > 0
     most = results_of("smollm2_128.json")
     assert most["settings"]["calibration"] == {**less["settings"]["calibration"], "samples": C4Calibration().samples}
     # On the page of the presets: `balanced` with the most text does more than `best` with the least.
     (balanced,) = (run for run in most["runs"] if (run["setting"], run["method"]) == ("0.7", "maiht:balanced"))
-    assert balanced["perplexity"]["wikitext2"] < before["maiht:best"]
+    assert balanced["perplexity"]["wikitext2"] < before[BLOCKS]
     few, many = (
         {(run["setting"], run["method"]): run["perplexity"]["wikitext2"] for run in each["runs"]}
         for each in (less, most)
     )
     for (setting, method), value in many.items():
-        if method in ("maiht:balanced", "maiht:best"):
+        if method in ("maiht:balanced", BLOCKS) and (setting, method) in few:
             gained, theirs = (1 - many[setting, each] / few[setting, each] for each in (method, "admm"))
             assert gained > 2 * theirs > 0
             # The project's README: further ahead of the best of the published.
             assert value / many[setting, "admm"] < few[setting, method] / few[setting, "admm"]
-    both = [run for run in most["runs"] if "c4" in run["perplexity"]]
-    assert {run["setting"] for run in both} == {"0.5", "2:4"}
-    for setting in ("0.5", "2:4"):
-        values = {run["method"]: run["perplexity"] for run in both if run["setting"] == setting}
-        orders = [sorted(values, key=lambda method: values[method][text]) for text in ("wikitext2", "c4")]
+    for setting in ("0.5", "0.6", "0.7", "2:4"):
+        values = {run["method"]: run["perplexity"] for run in most["runs"] if run["setting"] == setting}
+        both = [method for method, perplexity in values.items() if "c4" in perplexity]
+        if setting in ("0.6", "0.7"):
+            assert set(both) <= {BLOCKS, "maiht:best"}
+        else:
+            assert set(both) == values.keys()
+        orders = [sorted(both, key=lambda method: values[method][text]) for text in ("wikitext2", "c4")]
         assert orders[0] == orders[1]
-        assert (orders[0][0], orders[0][-1]) == ("maiht:best", "admm")
+        for method, perplexity in values.items():
+            # What factors gain, on both texts.
+            if method != "maiht:best" and "maiht:best" in values:
+                assert all(values["maiht:best"][text] < value for text, value in perplexity.items())
 
 
 @pytest.mark.parametrize(("name", "file"), [("ratios", "smollm2.json"), ("most-ratios", "smollm2_128.json")])
@@ -852,7 +867,8 @@ def test_the_table_of_ratios_is_the_results(name, file):
             best = min(perplexity[setting, entry] for entry in PUBLISHED if (setting, entry) in perplexity)
             assert perplexity[setting, LABELS[name]] == best
             assert number(value) == pytest.approx(best, abs=0.00501)
-            for cell, entry in zip(cells, ("maiht:balanced", "maiht:best"), strict=True):
+            ours = [entry for entry in ("maiht:balanced", BLOCKS, "maiht:best") if entry in {e for _, e in perplexity}]
+            for cell, entry in zip(cells, ours, strict=True):
                 if (setting, entry) not in perplexity:
                     assert not cell
                 else:
@@ -869,7 +885,8 @@ def test_the_table_of_parts_is_the_results():
         assert len(table) == len(value)
         for (label, shown, ratio), (entry, each) in zip(table, value.items(), strict=True):
             # The words of the entry, as the command has them.
-            assert label.removeprefix("mAIHT, ").replace(", ", ",").replace(" ", "=") == entry.removeprefix("maiht:")
+            words = label.removeprefix("mAIHT, ").replace("no factors", "rescaling_epochs=0")
+            assert words.replace(", ", ",").replace(" ", "=") == entry.removeprefix("maiht:")
             assert number(shown) == pytest.approx(each, abs=0.00501)
             assert number(ratio) == pytest.approx(each / value["maiht:paper"], abs=0.000501)
 
@@ -882,8 +899,9 @@ def test_what_the_page_says_of_parts_follows_from_the_results():
     trained = "paper,reconstruction_epochs=4"
     assert {entry for entry, each in value.items() if each > value["paper"]} == {"paper,sublayers=true"}
     assert value["paper,allocation=depth"] < value["paper"]
-    untrained = "best,reconstruction_epochs=0,allocation=depth"
-    assert value["best"] < value[trained] < value["best,allocation=depth"] < value["balanced"] < value[untrained]
+    best = BLOCKS.removeprefix("maiht:")
+    untrained = f"{best},reconstruction_epochs=0,allocation=depth"
+    assert value[best] < value[trained] < value[f"{best},allocation=depth"] < value["balanced"] < value[untrained]
     assert value[untrained] < value["paper"]
     # Training is worth most of what one part does.
     assert value[trained] == min(each for entry, each in value.items() if entry.startswith("paper"))
