@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from helpers.divergence import definition
 from maiht_lightning import CausalLMModule, FrozenSparsity, prune, save_compact
 from maiht_lightning.callbacks.distillation import Distillation
+from maiht_lightning.models import divergence
 from maiht_lightning.models.divergence import distillation_loss
-from maiht_lightning.recovery import distillation as core
 from maiht_lightning.recovery.distillation import distilled
 
 # Many short fits: several seconds in all.
@@ -118,7 +118,7 @@ def by_hand(model, teacher, weight=0.5, temperature=1.0, accumulate=1, steps=STE
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("elements", [2**24, 3 * 29])
 def test_value_and_gradient_by_the_definition(monkeypatch, dtype, temperature, elements):
-    monkeypatch.setattr(core, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(divergence, "_CHUNK_ELEMENTS", elements)
     student, teacher, labels = logits_and_labels(dtype)
     student.requires_grad_()
     teacher.requires_grad_()
