@@ -220,7 +220,7 @@ def _rescale(
     """Multiply the rows and columns of the pruned weights with factors, learnt now or by an earlier process."""
     start = time.perf_counter()
     loader, ranks, report = pruner.loader, pruner.ranks, pruner.report
-    outer = without_block_weights(model, loader.blocks, loader.device) if loader.copies else model
+    outer = _at_hand(model, loader)
     logits = partial(logits_from_hidden, outer, find_blocks(outer).modules)
     rescaling = Rescaling(loader, logits, ranks=ranks, on_step=pruner.show)
     known = ranks.broadcast_object(None if pruner.journal is None else pruner.journal.rescaling())
@@ -262,11 +262,16 @@ def _share_of_batches(windows: Windows, batch_size: int, ranks: Ranks) -> list[T
     return ranks.shard(batches)
 
 
+def _at_hand(model: nn.Module, loader: BlockLoader) -> nn.Module:
+    """The model on the device: itself, or a copy without the blocks' weights where it is elsewhere."""
+    return without_block_weights(model, loader.blocks, loader.device) if loader.copies else model
+
+
 def _record_inputs(
     model: nn.Module, batches: list[Tensor], loader: BlockLoader, store: HiddenStateStore | NoStore
 ) -> BlockInputs:
     # Embeddings and whatever else is around the blocks come to the device for this alone, and leave it afterwards.
-    source = without_block_weights(model, loader.blocks, loader.device) if loader.copies else model
+    source = _at_hand(model, loader)
     return record_inputs(source, find_blocks(source).modules, batches, device=loader.device, store=store)
 
 

@@ -27,7 +27,7 @@ from ..models.divergence import distillation_loss
 from ..models.offload import BlockLoader
 from .reconstruction import differentiable, split
 
-# Adam's highest step. Factors begin at 1, whatever the model, so that a rate suits all.
+# Adam's highest step. Factors begin at 1, so that it need not follow the size of a layer's weights.
 RATE = 0.003
 # The share of the steps in which the rate rises to it.
 WARMUP = 0.1
@@ -145,7 +145,7 @@ class Rescaling:
             with torch.enable_grad(), multiplied(block, views[index]):
                 # Not the leaf itself, which hooks such as those of torch's counter of operations refuse.
                 output = _run(block, window.batch, index, hidden.clone())
-            # A layer may have no part in the output: an expert that no token has chosen.
+            # A layer whose output only chooses, as a router's does, has no gradient: it counts as 0.
             gradient, *parts = torch.autograd.grad(
                 output, [hidden, *sought], gradient, allow_unused=True, materialize_grads=True
             )
